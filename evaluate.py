@@ -1,0 +1,167 @@
+"""Evaluate a trained run: let the model answer every pair by itself, and say which answers are right.
+
+python evaluate.py                          the newest run's best weights, one pair it has never seen
+python evaluate.py --pair 8 4               a pair of your choice
+python evaluate.py --run runs/<name> --checkpoint last
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.nn import functional as F
+
+from transformer_scratch.checkpoint import CheckpointError, load_checkpoint, load_first_good
+from transformer_scratch.config import Config
+from transformer_scratch.data import BatchSampler, Pair, PairDataset, Splits, Task, make_loader, split_pairs
+from transformer_scratch.errors import BadInput, exit_codes
+from transformer_scratch.evaluation import Prediction, exact_match, predict
+from transformer_scratch.model import Transformer
+from transformer_scratch.run_folder import newest_run
+from transformer_scratch.runtime import choose_device
+
+
+@dataclass
+class Arguments:
+    """Decode every pair with a trained model; print one in full, count the exact ones, write evaluation.json."""
+
+    run: str | None = None
+    """Folder of the run. None: the newest in runs/."""
+    checkpoint: str = "best"
+    """best (lowest validation loss), last, or the path of a checkpoint file."""
+    pair: tuple[int, int] | None = None
+    """The pair to print in full, for example --pair 8 4. None: the first test pair."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+
+def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
+    """-> the checkpoint's content, its file and the folder of the run. Raises BadInput.
+
+    Where best.pt or last.pt is damaged, another good file of the run is taken, with a warning.
+    """
+    if arguments.checkpoint not in ("best", "last"):
+        file = Path(arguments.checkpoint)
+        return load_checkpoint(file), file, Path(arguments.run) if arguments.run else file.parent
+    folder = Path(arguments.run) if arguments.run else newest_run()
+    if not folder.is_dir():
+        raise BadInput(f"--run {folder}: there is no such folder; give the folder of a run, runs/<name>")
+    others = {"best": [*sorted(folder.glob("epoch=*.pt")), folder / "last.pt"], "last": [folder / "previous.pt"]}
+    candidates = [folder / f"{arguments.checkpoint}.pt", *others[arguments.checkpoint]]
+    if not any(file.exists() for file in candidates):
+        raise CheckpointError(f"--run {folder}: there is no checkpoint in it; train one with: python train.py")
+    content, file = load_first_good(candidates)
+    return content, file, folder
+
+
+@torch.inference_mode()
+def mean_loss(model: Transformer, dataset: PairDataset, device: torch.device) -> float:
+    """The teacher-forced cross-entropy, as in training: its mean over all target tokens."""
+    loss_sum, num_tokens = 0.0, 0
+    for batch in make_loader(BatchSampler(dataset, batch_size=1_000)):
+        logits = model(batch.source.to(device), batch.decoder_input.to(device))  # (B, T, V)
+        target = batch.target.to(device).flatten()
+        loss_sum += F.cross_entropy(logits.flatten(0, 1), target, ignore_index=model.pad_id, reduction="sum").item()
+        num_tokens += batch.num_tokens
+    return loss_sum / num_tokens
+
+
+def print_article_block(task: Task, prediction: Prediction) -> None:
+    """One pair the way the article shows it."""
+    y = task.encode_target(prediction.pair)
+    decoded = task.pad(prediction.tokens)[: task.max_target_len]
+    print(f"x           : [{task.encode_source(prediction.pair)}]")
+    print(f"dec_input   : [{[task.start_id, *decoded[:-1]]}]")  # what the decoder was fed: its own answer
+    print(f"target      : [{y[1:]}]")
+    print(f"prediction  : [{decoded}]")
+    print(f"accuracy    : {prediction.token_matches / len(prediction.target):.4g}")
+    print(f"chance rate : {1 / task.vocab_size:.4g}")
+
+
+def results(predictions: dict[Pair, Prediction], splits: Splits, loss: float) -> dict:
+    """What evaluation.json holds."""
+
+    def share_exact(pairs: list[Pair]) -> float:
+        return exact_match([predictions[pair] for pair in pairs])
+
+    seen = set(splits.train)
+    unseen = [pair for pair in predictions if pair not in seen]
+    return {
+        "exact_match_seen": share_exact(splits.train),
+        "exact_match_unseen": share_exact(unseen) if unseen else None,
+        "exact_match_val": share_exact(splits.val),
+        "exact_match_test": share_exact(splits.test),
+        "token_accuracy": sum(p.token_matches for p in predictions.values())
+        / sum(len(p.target) for p in predictions.values()),
+        "loss": loss,
+        "num_seen": len(seen),
+        "num_unseen": len(unseen),
+        "predictions": [
+            {
+                "pair": list(pair),
+                "prediction": [token for token in p.tokens if token != p.target[-1]],
+                "exact": p.exact,
+                "seen": pair in seen,
+            }
+            for pair, p in predictions.items()
+        ],
+    }
+
+
+def print_summary(result: dict, file: Path, folder: Path) -> None:
+    print(f"\ncheckpoint      {file}")
+    print(f"trained pairs   {result['exact_match_seen']:.1%} exact, of {result['num_seen']}")
+    if result["num_unseen"]:
+        print(
+            f"unseen pairs    {result['exact_match_unseen']:.1%} exact, of {result['num_unseen']} "
+            f"(validation {result['exact_match_val']:.1%}, test {result['exact_match_test']:.1%})"
+        )
+    else:
+        print("unseen pairs    none: this run trained on every pair (--holdout 0)")
+    print(f"all pairs       {result['token_accuracy']:.1%} of the tokens right, loss {result['loss']:.4f}")
+    wrong = [row for row in result["predictions"] if not row["exact"]]
+    for row in wrong[:20]:
+        kind = "trained" if row["seen"] else "unseen"
+        print(f"wrong           {row['pair'][0]} {row['pair'][1]} -> {' '.join(map(str, row['prediction']))} ({kind})")
+    if len(wrong) > 20:
+        print(f"                ... and {len(wrong) - 20} more, in {folder / 'evaluation.json'}")
+    print(f"written         {folder / 'evaluation.json'}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, args=arguments)
+    content, file, folder = load_run(arguments)
+    config = Config(**content["config"])
+    device, _ = choose_device(arguments.accelerator)
+    task = Task(config.num_categories, config.seq_len)
+    splits = split_pairs(task, config.holdout, config.seed)
+    pair = arguments.pair or splits.test[0]
+    if not all(0 <= digit < task.num_categories for digit in pair):
+        raise BadInput(f"--pair {pair[0]} {pair[1]}: this run knows the digits 0 to {task.num_categories - 1}")
+
+    model = Transformer(
+        task.vocab_size, config.dim, config.num_heads, config.num_layers, config.ffn_dim, config.dropout,
+        config.tie_embeddings, task.pad_id,
+    ).to(device)  # fmt: skip
+    model.load_state_dict(content["model"])
+    model.eval()
+
+    predictions = {prediction.pair: prediction for prediction in predict(model, task, task.all_pairs())}
+    result = results(predictions, splits, mean_loss(model, PairDataset(task, task.all_pairs()), device))
+    print_article_block(task, predictions[pair])
+    try:
+        temporary = folder / "evaluation.json.tmp"
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, folder / "evaluation.json")
+    except OSError as error:
+        raise BadInput(f"{folder / 'evaluation.json'} cannot be written: {error}") from None
+    print_summary(result, file, folder)
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main()

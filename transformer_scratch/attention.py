@@ -1,0 +1,88 @@
+"""Attention, as in section 3.2 of "Attention Is All You Need" (Vaswani et al., 2017).
+
+Shapes: B batch, H heads, T query positions, S key positions, D model width (dim), K head width (dim / H).
+
+The one mask convention of this project: a mask is boolean, True at (i, j) means that query i may attend to key j,
+and it broadcasts to (B, H, T, S).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def padding_mask(ids: Tensor, pad_id: int) -> Tensor:
+    """Let every query attend to the keys that are real tokens.
+
+    ids: (B, S) int64 -> (B, 1, 1, S) bool.
+    """
+    return (ids != pad_id)[:, None, None, :]
+
+
+def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
+    """Let position i attend to itself and to what came before it (section 3.2.3).
+
+    -> (T, T) bool, the lower triangle.
+    """
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(QK^T / sqrt(d_k)), the weights of equation (1).
+
+    query: (B, H, T, K), key: (B, H, S, K), mask broadcastable to (B, H, T, S) -> (B, H, T, S).
+    A query that may attend to nothing gets weights of zero, with finite gradients, instead of NaN.
+    """
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (B, H, T, S)
+    if mask is None:
+        return scores.softmax(dim=-1)
+    # The lowest finite number, not -inf: a row of -inf alone would be 0/0 in the softmax.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
+
+
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention(Q, K, V) = softmax(QK^T / sqrt(d_k)) V, equation (1), exactly as the paper writes it.
+
+    value: (B, H, S, K) -> (B, H, T, K). The model calls PyTorch's fused kernel of the same name, which never stores the
+    (T, S) weights; a test holds the two together.
+    """
+    return attention_weights(query, key, mask) @ value
+
+
+class MultiHeadAttention(nn.Module):
+    """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O, section 3.2.2; projections without bias.
+
+    Queries come from one sequence, keys and values from another; self-attention passes the same one twice.
+    Raises ValueError when dim is not divisible by num_heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim, bias=False)  # W^Q of all heads side by side
+        self.key = nn.Linear(dim, dim, bias=False)  # W^K
+        self.value = nn.Linear(dim, dim, bias=False)  # W^V
+        self.output = nn.Linear(dim, dim, bias=False)  # W^O
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, K): every head attends on its own slice of the width."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> two of (B, H, S, K). On its own because decoding keeps them (see KeyValueCache)."""
+        return self.split_heads(self.key(x)), self.split_heads(self.value(x))
+
+    def attend(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x: (B, T, D) asks, key and value: (B, H, S, K) answer -> (B, T, D)."""
+        query = self.split_heads(self.query(x))  # (B, H, T, K)
+        heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)  # (B, H, T, K)
+        return self.output(heads.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x: (B, T, D) attends to memory: (B, S, D) -> (B, T, D); `causal` stands for causal_mask(T)."""
+        return self.attend(x, *self.keys_and_values(memory), mask, causal)

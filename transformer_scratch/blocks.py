@@ -1,0 +1,100 @@
+"""The blocks that the encoder and the decoder stack, section 3.1 of the paper (post-norm, as in its figure 1).
+
+Shapes: B batch, S source positions, T target positions, D model width (dim), H heads, K head width.
+"""
+
+from torch import Tensor, cat, nn
+
+from transformer_scratch.attention import MultiHeadAttention
+
+
+class FeedForward(nn.Sequential):
+    """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2, equation (2): the same two layers at every position."""
+
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+
+
+class AddAndNorm(nn.Module):
+    """LayerNorm(x + Dropout(Sublayer(x))), sections 3.1 and 5.4: around every sub-layer.
+
+    Nothing else in a block is dropped.
+    """
+
+    def __init__(self, dim: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, sublayer_output: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(sublayer_output))
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention, then the feed-forward network."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.self_attention = MultiHeadAttention(dim, num_heads)
+        self.self_attention_norm = AddAndNorm(dim, dropout)
+        self.feed_forward = FeedForward(dim, ffn_dim)
+        self.feed_forward_norm = AddAndNorm(dim, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x: (B, S, D), mask: (B, 1, 1, S) -> (B, S, D)."""
+        x = self.self_attention_norm(x, self.self_attention(x, x, mask))
+        return self.feed_forward_norm(x, self.feed_forward(x))
+
+
+class KeyValueCache:
+    """What one decoder block keeps between two steps of decoding, so that no key or value is computed twice.
+
+    memory_keys_values: two of (B, H, S, K), the source's, computed once; keys_values: two of (B, H, t, K), one more
+    position after every step.
+    """
+
+    def __init__(self, memory_keys_values: tuple[Tensor, Tensor]):
+        self.memory_keys_values = memory_keys_values
+        self.keys_values: tuple[Tensor, Tensor] | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest position, two of (B, H, 1, K); return all positions so far."""
+        if self.keys_values is not None:
+            key = cat([self.keys_values[0], key], dim=2)
+            value = cat([self.keys_values[1], value], dim=2)
+        self.keys_values = key, value
+        return key, value
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget the sequences that are finished. rows: (B,) bool."""
+        self.memory_keys_values = tuple(t[rows] for t in self.memory_keys_values)
+        self.keys_values = tuple(t[rows] for t in self.keys_values)
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, attention to the encoder's output (the memory), then the feed-forward network."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.self_attention = MultiHeadAttention(dim, num_heads)
+        self.self_attention_norm = AddAndNorm(dim, dropout)
+        self.cross_attention = MultiHeadAttention(dim, num_heads)
+        self.cross_attention_norm = AddAndNorm(dim, dropout)
+        self.feed_forward = FeedForward(dim, ffn_dim)
+        self.feed_forward_norm = AddAndNorm(dim, dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """x: (B, T, D), memory: (B, S, D), memory_mask: (B, 1, 1, S) -> (B, T, D).
+
+        Padding stands only at the end of a target, so the causal mask already hides it from every real position.
+        """
+        x = self.self_attention_norm(x, self.self_attention(x, x, causal=True))
+        x = self.cross_attention_norm(x, self.cross_attention(x, memory, memory_mask))
+        return self.feed_forward_norm(x, self.feed_forward(x))
+
+    def step(self, x: Tensor, cache: KeyValueCache, memory_mask: Tensor | None) -> Tensor:
+        """The same for the newest position alone: x: (B, 1, D) -> (B, 1, D). It may see everything before it."""
+        keys_values = cache.append(*self.self_attention.keys_and_values(x))
+        x = self.self_attention_norm(x, self.self_attention.attend(x, *keys_values))
+        x = self.cross_attention_norm(x, self.cross_attention.attend(x, *cache.memory_keys_values, memory_mask))
+        return self.feed_forward_norm(x, self.feed_forward(x))

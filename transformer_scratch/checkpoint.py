@@ -1,0 +1,142 @@
+"""Checkpoints that are whole or absent: written beside, checked by a sum of their content, put in place by one rename.
+
+A checkpoint is a dict of tensors and plain types, so torch.load reads it with weights_only=True and runs no code.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transformer_scratch.errors import BadInput, TrainingFault
+
+FORMAT = 1
+
+
+class CheckpointError(BadInput):
+    """The file is missing, damaged, not a checkpoint of this project, or of another format."""
+
+
+def checksum(content: object) -> str:
+    """SHA-256 over keys, types, shapes and values: torch.load by itself accepts most flipped bits."""
+    sha = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            sha.update(b"{")
+            for key, item in value.items():
+                add(key)
+                add(item)
+            sha.update(b"}")
+        elif isinstance(value, list | tuple):
+            sha.update(b"[")
+            for item in value:
+                add(item)
+            sha.update(b"]")
+        else:
+            sha.update(f"{type(value).__name__} {value!r};".encode())
+
+    add(content)
+    return sha.hexdigest()
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write the content under a temporary name, force it to the disk, then rename: no moment has half a file.
+
+    Raises TrainingFault when the disk does not take it; what stood there before stays.
+    """
+    content = {"format": FORMAT, **content}
+    content["checksum"] = checksum(content)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError from torch.save
+        free = shutil.disk_usage(path.parent).free // 2**20
+        raise TrainingFault(
+            f"{path} could not be written ({free} MiB free on that disk): {str(error).splitlines()[0]}. "
+            "The state saved before it is whole; make room and --resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link(existing: Path, name: Path) -> None:
+    """A second name for a file, without copying its bytes where the file system allows."""
+    temporary = name.with_name(f"{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(existing, temporary)
+    except OSError:  # no hard links on this file system
+        shutil.copyfile(existing, temporary)
+    os.replace(temporary, name)
+    sync_folder(name.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read and check one file. Raises CheckpointError, naming it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a flipped bit can raise almost anything in there
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason[:120]})") from error
+    if not isinstance(content, dict) or "format" not in content or "checksum" not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of this project")
+    expected = content.pop("checksum")
+    if checksum(content) != expected:
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {content['format']}, this version reads format {FORMAT}: "
+            "use the version of the project that wrote it"
+        )
+    return content
+
+
+def load_first_good(paths: list[Path]) -> tuple[dict, Path]:
+    """The first file that is whole; the ones passed over are named on stderr. Raises CheckpointError when none is."""
+    problems = []
+    for path in paths:
+        try:
+            content = load_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; using {path.name} instead", file=sys.stderr)
+        return content, path
+    raise CheckpointError("; ".join(problems) or "there is no checkpoint")
+
+
+def load_resumable(folder: Path) -> dict:
+    """The newest complete state of a run. Raises CheckpointError when there is none."""
+    if not folder.is_dir():
+        raise CheckpointError(f"--resume {folder}: there is no such folder; give the folder of a run, runs/<name>")
+    if not (folder / "last.pt").exists() and not (folder / "previous.pt").exists():
+        raise CheckpointError(f"--resume {folder}: there is no last.pt in it, so it is not the folder of a run")
+    content, path = load_first_good([folder / "last.pt", folder / "previous.pt"])
+    if "optimizer" not in content:
+        raise CheckpointError(f"{path} holds weights only; a run is resumed from a complete state")
+    return content

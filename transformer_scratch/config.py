@@ -1,0 +1,206 @@
+"""The command line, one flat dataclass read by tyro; what depends on size or hardware is chosen here, with a reason."""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from transformer_scratch.checkpoint import load_resumable
+from transformer_scratch.data import Task, split_pairs
+from transformer_scratch.errors import BadInput
+from transformer_scratch.runtime import Processes, choose_device, choose_precision, folder_before_restart
+
+
+@dataclass
+class Config:
+    """Train a Transformer, written from scratch, to count from one digit to another.
+
+    Every flag may be written with dashes or underscores. `None` means: chosen by size or hardware, and printed at the
+    start together with the reason.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    devices: int = 1
+    """Number of processes, one a device; above 1 the program is started by torchrun."""
+    lr: float | None = None
+    """Learning rate of AdamW after the warm-up, constant. None: by --dim."""
+    max_epochs: int | None = None
+    """Epochs to train; there is no early stopping. None: by --dim."""
+    num_datas: int = 12_800
+    """Training samples in an epoch, drawn with repetition from the training pairs."""
+    batch_size: int = 128
+    """Samples per process in one forward and backward pass."""
+    num_heads: int = 1
+    """Attention heads; must divide --dim."""
+    dim: int = 32
+    """Width of the model."""
+    debug: bool = False
+    """Tag the W&B run "debug" instead of "run"."""
+
+    num_layers: int = 6
+    """Blocks in the encoder, and as many in the decoder."""
+    ffn_dim: int | None = None
+    """Hidden width of the feed-forward networks. None: 4 x --dim, the paper's ratio."""
+    dropout: float = 0.1
+    """Probability of dropping an element, where the paper drops: embeddings and sub-layer outputs. 0 = off."""
+    tie_embeddings: bool = True
+    """Share one matrix between both embeddings and the output projection (section 3.4 of the paper)."""
+
+    num_categories: int = 10
+    """Digits of the task; 10 make 100 pairs, 30 make 900."""
+    seq_len: int | None = None
+    """Length of a padded sequence. None: --num-categories + 6, so 16 for ten digits."""
+    holdout: float = 0.2
+    """Share of the distinct pairs kept out of training, half for validation, half for the test. 0 = the article's
+    way: all three draw from the same pairs."""
+
+    warmup_steps: int = 100
+    """Updates over which the learning rate rises linearly to --lr. 0 = off."""
+    weight_decay: float = 0.1
+    """Weight decay of AdamW. 0 = off."""
+    clip_norm: float = 1.0
+    """Scale gradients down to this L2 norm. 0 = off."""
+    accumulate: int = 1
+    """Batches whose gradients make up one update."""
+    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
+    """Mixed precision. fp16 scales the loss, bf16 need not. auto: what the device computes fast."""
+    compile: bool = False
+    """Compile the model with torch.compile: a slow start, faster steps on a GPU."""
+
+    num_workers: int = 0
+    """Processes that prepare batches. 0 = none, which is fastest for this small data."""
+    seed: int = 42
+    """Decides the split, the first weights, the order of the data and dropout."""
+    log_every: int = 10
+    """Updates between two readings of the loss, to the bar, metrics.jsonl and W&B."""
+    save_every: int = 0
+    """Updates between two writings of last.pt within an epoch. 0 = only at its end."""
+    save_top_k: int = 10
+    """How many epoch=K.pt to keep, by lowest validation loss."""
+    run_dir: str | None = None
+    """Folder of this run. None: runs/ and a name made of the settings."""
+    resume: str | None = None
+    """Folder of a run to continue; every other setting comes from there."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases. auto: online if you are logged in, otherwise offline; never a question."""
+    wandb_project: str = "transformer-scratch"
+    """Project in W&B."""
+
+
+# What a resumed run may be told anew, because it cannot change what the run has computed so far.
+CHANGEABLE_ON_RESUME = {
+    "resume", "max_epochs", "log_every", "save_every", "num_workers", "debug", "wandb", "wandb_project",
+}  # fmt: skip
+
+
+def load_config(arguments: list[str] | None = None) -> tuple[Config, dict | None]:
+    """The configuration as given on the command line, checked, and the state to go on from (None for a new run).
+
+    With --resume every setting is the saved one, and what is given beside it must not change the run so far.
+    Raises BadInput.
+    """
+    # --help and wrong flags are tyro's: explained, with exit codes 0 and 2.
+    config = tyro.cli(Config, args=arguments)
+    if config.resume is None and (interrupted := folder_before_restart()):
+        arguments = [*(sys.argv[1:] if arguments is None else arguments), "--resume", str(interrupted)]
+        config = dataclasses.replace(config, resume=str(interrupted))
+    if config.resume is None:
+        check(config)
+        return config, None
+    saved = load_resumable(Path(config.resume))
+    before = Config(**saved["config"])
+    config = tyro.cli(Config, args=arguments, default=before)
+    for field in dataclasses.fields(Config):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if old != new and field.name not in CHANGEABLE_ON_RESUME:
+            allowed = ", ".join(flag(name) for name in sorted(CHANGEABLE_ON_RESUME - {"resume"}))
+            raise BadInput(
+                f"{flag(field.name)} cannot change in a resumed run: it was {old}, now {new}. Leave it out, or start "
+                f"a new run. These may change: {allowed}"
+            )
+    check(config)
+    if config.max_epochs < saved["epoch"]:
+        raise BadInput(f"--max-epochs {config.max_epochs}, but the run has done {saved['epoch']} epochs already")
+    return config, saved
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check(config: Config) -> None:
+    """Raise BadInput for any value that cannot work, before anything is created."""
+    whole_from_one = (
+        "devices", "max_epochs", "num_datas", "batch_size", "num_heads", "dim", "num_layers", "ffn_dim",
+        "num_categories", "seq_len", "accumulate", "log_every", "save_top_k",
+    )  # fmt: skip
+    for name in whole_from_one:
+        require(name, config, lambda value: value >= 1, "must be 1 or more")
+    for name in ("warmup_steps", "num_workers", "save_every"):
+        require(name, config, lambda value: value >= 0, "must be 0 (off) or more")
+    for name in ("weight_decay", "clip_norm"):
+        require(name, config, lambda value: 0 <= value < math.inf, "must be 0 (off) or more")
+    for name in ("dropout", "holdout"):
+        require(name, config, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+    require("lr", config, lambda value: 0 < value < math.inf, "must be above 0")
+    require("seed", config, lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295")
+    if config.dim % config.num_heads:
+        divisors = [str(n) for n in range(1, config.dim + 1) if config.dim % n == 0]
+        raise BadInput(
+            f"--dim {config.dim} is not divisible by --num-heads {config.num_heads}; these fit: {', '.join(divisors)}"
+        )
+    global_batch = config.batch_size * config.devices
+    if global_batch > config.num_datas:
+        raise BadInput(
+            f"a batch of {global_batch} is larger than --num-datas {config.num_datas}: give a smaller --batch-size "
+            "or more --num-datas"
+        )
+    try:
+        task = Task(config.num_categories, config.seq_len or default_seq_len(config))
+        split_pairs(task, config.holdout, config.seed)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def require(name: str, config: Config, holds, rule: str) -> None:
+    """Raise BadInput unless the value is None (to be chosen) or the rule holds for it; NaN holds for no rule."""
+    value = getattr(config, name)
+    if value is not None and not holds(value):
+        raise BadInput(f"{flag(name)} {value} {rule}")
+
+
+def default_seq_len(config: Config) -> int:
+    return config.num_categories + 6
+
+
+def settle_config(
+    config: Config, processes: Processes
+) -> tuple[Config, torch.device, torch.dtype | None, dict[str, str]]:
+    """Fill in what was left to size and hardware.
+
+    -> the full configuration, the device, the type of mixed precision, and a reason for each choice. Raises BadInput.
+    """
+    rules = {
+        "lr": (float(f"{1.5e-3 * (32 / config.dim) ** 0.75:.3g}"), "1.5e-3 x (32 / dim)^0.75"),
+        "max_epochs": (6 if config.dim < 256 else 3, "6 below dim 256, 3 from there on"),
+        "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
+        "seq_len": (default_seq_len(config), "num_categories + 6"),
+    }
+    chosen = {name: value for name, (value, _) in rules.items() if getattr(config, name) is None}
+    reasons = {name: rules[name][1] for name in chosen}
+    device, reasons["device"] = choose_device(config.accelerator, processes.local_rank)
+    dtype, reasons["precision"] = choose_precision(config.amp, device, config.dim)
+    chosen["accelerator"] = "gpu" if device.type == "cuda" else device.type
+    chosen["amp"] = {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    return dataclasses.replace(config, **chosen, devices=processes.world_size), device, dtype, reasons
+
+
+def run_name(config: Config) -> str:
+    """The article's name for a run."""
+    return f"sn-data-{config.num_datas}-head{config.num_heads}-dim{config.dim}-lr{config.lr:g}"

@@ -1,0 +1,156 @@
+"""Where and how the program runs: device, precision, seeds, processes."""
+
+import atexit
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from transformer_scratch.errors import BadInput
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that train together: torchrun says so in the environment; alone it is 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, on every one of them. The tensor itself is changed."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, weighted_sum: Tensor, weight: int) -> float:
+        """The sum of all processes' weighted sums over that of their weights."""
+        total = self.sum(torch.tensor(weight, device=weighted_sum.device))
+        return (self.sum(weighted_sum.clone()) / total).item()
+
+    def gather(self, value: object) -> list:
+        """The value of every process, in order of rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: object = None) -> object:
+        """The main process's value, on every process; waits until the main process is here too."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+def start_processes(devices: int) -> Processes:
+    """Join the other processes, if torchrun started several. Raises BadInput when --devices asks for others."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if devices not in (1, world_size):
+        started = f"torchrun started {world_size}" if world_size > 1 else "one process was started"
+        raise BadInput(
+            f"--devices {devices}, but {started}. Several processes are started by torchrun: "
+            f"torchrun --standalone --nproc-per-node {devices} train.py --devices {devices} ..."
+        )
+    if world_size == 1:
+        return Processes()
+    atexit.register(dist.destroy_process_group)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    return Processes(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size)
+
+
+def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, str]:
+    """-> the device, and why. Raises BadInput when the accelerator is not there."""
+    has = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if accelerator == "auto":
+        found = next(name for name in ("gpu", "mps", "cpu") if has[name])
+        reason = "no GPU found" if found == "cpu" else "found here"
+    else:
+        found, reason = accelerator, "as asked"
+    if not has[found]:
+        raise BadInput(f"--accelerator {found}, but PyTorch finds none here; --accelerator cpu works everywhere")
+    return torch.device("cuda", local_rank) if found == "gpu" else torch.device(found), reason
+
+
+def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[torch.dtype | None, str]:
+    """-> the type that autocast computes in (None: float32 throughout), and why."""
+    names = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if amp != "auto":
+        slow = amp == "fp16" and device.type == "cpu"
+        return names[amp], "as asked; slow on a CPU, good for seeing the loss scaler work" if slow else "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes it fast, and it needs no loss scaling"
+        return torch.float16, "this GPU has no fast bf16"
+    if device.type == "cpu" and dim >= 256 and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU has matrix units for it (AMX)"
+    return None, "nothing to gain here from half precision"
+
+
+def compile_model(model: torch.nn.Module) -> str:
+    """Compile the model in place, where a compiler works. -> what was done."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=next(model.parameters()).device))
+    except Exception as error:  # torch wraps a missing compiler in many types
+        return f"no: no working compiler here ({type(error).__name__}), so the model runs as it is written"
+    model.compile(dynamic=True)  # batches differ in length
+    return "yes: torch.compile; the first steps are slow"
+
+
+def seed_everything(seed: int) -> None:
+    """Python's and PyTorch's generators (CPU and all GPUs). The project draws from PyTorch's alone."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """The state of every generator, in types that torch.load accepts with weights_only."""
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def launch_id() -> str | None:
+    """What all processes of one torchrun share, before and after a restart: its run id and its agent's process id."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}"
+
+
+def remember_launch(folder: Path) -> None:
+    """Let the processes that torchrun starts after a fault find their run again."""
+    if launch_id():
+        (folder / ".launch").write_text(launch_id())
+
+
+def folder_before_restart() -> Path | None:
+    """The run that this torchrun was training before it restarted its processes, if it did and there was one."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    for marker in RUNS.glob("*/.launch"):
+        if marker.read_text() == launch_id() and (marker.parent / "last.pt").exists():
+            return marker.parent
+    return None

@@ -1,0 +1,73 @@
+"""Weights & Biases without a question, without an account if need be, and without ever ending a run."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import wandb
+
+from transformer_scratch.config import Config, run_name
+from transformer_scratch.run_folder import RunFolder
+
+broken: set[str] = set()
+
+
+@contextmanager
+def never_fatal(name: str) -> Iterator[None]:
+    """A logger that dies is worth one warning, not the run."""
+    try:
+        yield
+    except Exception as error:  # wandb raises ConnectionResetError and others outside wandb.Error
+        if name not in broken:
+            broken.add(name)
+            print(f"warning: {name} failed ({type(error).__name__}: {error}); training goes on", file=sys.stderr)
+
+
+def choose_mode(requested: str) -> tuple[str, str]:
+    """-> online, offline or disabled, and why. Never asks for a login."""
+    if requested != "auto":
+        return requested, "as asked"
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"], "WANDB_MODE is set"
+    with never_fatal("the W&B login"):
+        if wandb.login(prompt=False, verify=False):
+            return "online", "you are logged in"
+        return "offline", "no API key; `wandb login` once to go online"
+    return "offline", "the API key was not accepted"
+
+
+def start_wandb(config: Config, run: RunFolder) -> str:
+    """wandb.init, offline when the server does not answer. -> one line on where the run can be seen."""
+    mode, reason = choose_mode(config.wandb) if run.is_main else ("disabled", "the main process does it")
+    # Offline, W&B copies artifacts to the home folder and leaves them there; in the run's folder they go with the run.
+    os.environ.setdefault("WANDB_DATA_DIR", str(run.path / "wandb"))
+    arguments = {
+        "project": config.wandb_project,
+        "name": run_name(config),
+        "tags": ["debug" if config.debug else "run"],
+        "config": dataclasses.asdict(config),
+        "dir": run.path,
+        "save_code": True,
+        "id": run.wandb_id,
+        "resume": "allow" if run.wandb_id else None,
+        "settings": wandb.Settings(init_timeout=20, finish_timeout=60, silent=True),
+    }
+    with never_fatal("W&B"):
+        try:
+            wandb.init(mode=mode, **arguments)
+        except wandb.Error as error:
+            mode, reason = "offline", f"W&B did not answer: {str(error).splitlines()[0]}"
+            wandb.init(mode=mode, **arguments)
+        run.wandb_id = wandb.run.id
+        wandb.define_metric("*", step_metric="step")
+        for split in ("val", "test"):  # the losses of single batches count batches, not updates
+            wandb.define_metric(f"{split}/loss_step", step_metric=f"{split}/batch")
+        where = Path(wandb.run.dir).parent
+        return f"{mode} ({reason})" + {
+            "online": f"; {wandb.run.url}",
+            "offline": f"\n             look at it: wandb leet {where}\n             upload it:  wandb sync {where}",
+        }.get(mode, "")
+    return "off, because it could not be started"
