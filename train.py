@@ -27,7 +27,14 @@ from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.run_folder import open_run
-from transformer_scratch.runtime import compile_model, rng_state, seed_everything, set_rng_state, start_processes
+from transformer_scratch.runtime import (
+    compile_model,
+    keep_freed_memory,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    start_processes,
+)
 from transformer_scratch.signals import StopRequest
 from transformer_scratch.tracking import never_fatal, start_wandb
 
@@ -64,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop = StopRequest(processes)
     seed_everything(config.seed)  # [hidden: seeding]
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
 
     task = Task(config.num_categories, config.seq_len)
     splits = split_pairs(task, config.holdout, config.seed)

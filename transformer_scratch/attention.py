@@ -46,10 +46,15 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) ->
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention(Q, K, V) = softmax(QK^T / sqrt(d_k)) V, equation (1), exactly as the paper writes it.
 
-    value: (B, H, S, K) -> (B, H, T, K). The model calls PyTorch's fused kernel of the same name, which never stores the
-    (T, S) weights; a test holds the two together.
+    value: (B, H, S, K) -> (B, H, T, K). PyTorch has a fused kernel of the same name, which never stores the (T, S)
+    weights; a test holds the two together.
     """
     return attention_weights(query, key, mask) @ value
+
+
+def is_fused_faster(query: Tensor, key: Tensor) -> bool:
+    """On a GPU always; on a CPU the formula wins at a few dozen tokens, by far in bfloat16 (docs/performance.md)."""
+    return query.device.type != "cpu" or query.size(2) * key.size(2) > 64 * 64
 
 
 class MultiHeadAttention(nn.Module):
@@ -65,24 +70,28 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.query = nn.Linear(dim, dim, bias=False)  # W^Q of all heads side by side
-        self.key = nn.Linear(dim, dim, bias=False)  # W^K
-        self.value = nn.Linear(dim, dim, bias=False)  # W^V
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)  # W^K and W^V: one product, since both read the memory
         self.output = nn.Linear(dim, dim, bias=False)  # W^O
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, K): every head attends on its own slice of the width."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
 
-    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> two of (B, H, S, K). On its own because decoding keeps them (see KeyValueCache)."""
-        return self.split_heads(self.key(x)), self.split_heads(self.value(x))
+        key, value = self.key_value(memory).chunk(2, dim=-1)  # (B, S, D) each
+        return self.split_heads(key), self.split_heads(value)
 
     def attend(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """x: (B, T, D) asks, key and value: (B, H, S, K) answer -> (B, T, D)."""
         query = self.split_heads(self.query(x))  # (B, H, T, K)
-        heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)  # (B, H, T, K)
+        if is_fused_faster(query, key):
+            heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        else:
+            mask = causal_mask(x.size(1), x.device) if causal else mask
+            heads = scaled_dot_product_attention(query, key, value, mask)  # (B, H, T, K)
         return self.output(heads.transpose(1, 2).flatten(2))  # (B, T, D)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x: (B, T, D) attends to memory: (B, S, D) -> (B, T, D); `causal` stands for causal_mask(T)."""
+        """x: (B, T, D) attends to memory: (B, S, D) -> (B, T, D). causal stands for the mask causal_mask(T)."""
         return self.attend(x, *self.keys_and_values(memory), mask, causal)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_scratch.attention import padding_mask
-from transformer_scratch.blocks import DecoderBlock, EncoderBlock, KeyValueCache
+from transformer_scratch.blocks import DecoderBlock, Dropout, EncoderBlock, KeyValueCache
 
 
 def positional_encoding(length: int, dim: int) -> Tensor:
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         self.target_embedding = self.source_embedding if tie_embeddings else nn.Embedding(vocab_size, dim)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.register_buffer("positions", positional_encoding(max_len, dim), persistent=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderBlock(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
         self.decoder = nn.ModuleList(DecoderBlock(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
         if tie_embeddings:
