@@ -1,6 +1,12 @@
-"""Shared by all tests: they run on one thread, without W&B, and never leave a file in the project."""
+"""Shared by all tests: they run on one thread, without W&B, and never leave a file in the project.
 
+Tests that need comparison/requirements.txt (Lightning) are called test_comparison*.py and carry the marker
+`comparison`. Without Lightning they are left out, which the last line says; with REQUIRE_COMPARISON=1 that is an error.
+"""
+
+import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +25,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 sys.path.insert(0, str(PROJECT))
 
+without_comparison = importlib.util.find_spec("pytorch_lightning") is None
+collect_ignore_glob = ["test_comparison*.py"] if without_comparison else []
+
+
+def pytest_configure(config):
+    if without_comparison and os.environ.get("REQUIRE_COMPARISON") == "1":
+        raise pytest.UsageError(
+            "REQUIRE_COMPARISON=1, but Lightning is not installed: pip install -r comparison/requirements.txt"
+        )
+
+
+def pytest_terminal_summary(terminalreporter):
+    if without_comparison:
+        terminalreporter.write_line(
+            "the comparison with Lightning was left out: it needs pip install -r comparison/requirements.txt"
+        )
+
 
 @pytest.fixture(autouse=True)
 def in_temporary_folder(tmp_path, monkeypatch):
@@ -34,9 +57,9 @@ def tiny() -> list[str]:
 
 @pytest.fixture
 def script():
-    """Run a script of the project as its user does, in the current folder. -> the finished process, with its output as text."""
+    """Run a script of the project as its user does, in the current folder. -> the finished process, output as text."""
 
-    def run(name: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    def run(name: str, *arguments: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, str(PROJECT / name), *map(str, arguments)],
             capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
@@ -44,3 +67,21 @@ def script():
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def train():
+    """Run train.py inside this process, which is quicker, in the current folder. -> the folder of the new run."""
+    import train as train_script
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: object) -> Path:
+        runs = set(Path("runs").glob("*"))
+        train_script.main(["--wandb", "disabled", *map(str, arguments)])
+        new_runs = set(Path("runs").glob("*")) - runs
+        return new_runs.pop() if new_runs else None
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
