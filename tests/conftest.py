@@ -20,7 +20,7 @@ TINY = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas",
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
-# Exactness needs a fixed number of threads (sums are added up in another order with another number), also in subprocesses.
+# Exactness needs a fixed number of threads, in subprocesses too: another number adds up sums in another order.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 sys.path.insert(0, str(PROJECT))

@@ -64,8 +64,9 @@ class Transformer(nn.Module):
         """Draw the embeddings and the output matrix from N(0, 1/dim); every other layer keeps PyTorch's own start.
 
         After the multiplication by sqrt(dim) (section 3.4) an embedding then has the scale of the encoding added to it,
-        and the logits have a variance of one, so the first loss is close to ln(vocab_size). docs/results.md measures
-        what PyTorch's N(0, 1) does instead.
+        and the logits start small: without a shared matrix their variance is about one and the first loss close to
+        ln(vocab_size). With one, the token just read starts ahead of the others, so the first loss is higher, the
+        more so the wider the model. docs/results.md measures what PyTorch's N(0, 1) does instead.
         """
         weights = [self.source_embedding.weight, self.target_embedding.weight, self.output.weight]
         for weight in dict.fromkeys(weights):  # a shared one is drawn once
