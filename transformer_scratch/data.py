@@ -3,6 +3,7 @@
 Shapes: N samples or pairs, B batch, S source length, T target length (both cut to the longest of the batch).
 """
 
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -228,8 +229,8 @@ class BatchSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         order = torch.arange(len(self.dataset))
         if self.shuffle:
-            # Any two different (seed, epoch) give different streams; 2**32 leaves room for every seed.
-            generator = torch.Generator().manual_seed(self.seed + self.epoch * 2**32)
+            # PyTorch's generator on the CPU reads 32 bits of its seed, so both numbers are hashed into those.
+            generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(32))
             order = torch.randperm(len(self.dataset), generator=generator)
         global_batches = order.split(self.batch_size * self.world_size)[: len(self)]
         lengths = self.dataset.target_lengths[self.dataset.rows]
