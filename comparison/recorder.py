@@ -1,0 +1,70 @@
+"""Writes down what the Lightning twin computed, in the form of train.py's metrics.jsonl; it changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from transformer_scratch.runtime import Processes
+
+
+class Recorder(pl.Callback):
+    """Keeps each update's numbers on the device and writes them at the end of the epoch, as train.py would."""
+
+    def __init__(self, folder: Path, processes: Processes):
+        self.folder, self.processes = folder, processes
+        self.step, self.update_loss = 0, 0.0
+        self.scale = 1.0
+        self.waiting: list[dict] = []
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+    def append(self, row: dict) -> None:
+        if self.processes.is_main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.scale = scaler.get_scale() if scaler else 1.0
+        self.lr = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        self.update_loss = self.update_loss + outputs["loss"]  # divided by accumulate_grad_batches already
+        if trainer.global_step == self.step:
+            return  # gradients are still being added up
+        self.step = trainer.global_step
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        row = {"step": self.step, "epoch": trainer.current_epoch, "train/loss_step": self.update_loss, "lr": self.lr}
+        row["grad_norm"] = getattr(module, "grad_norm", None)
+        if scaler and scaler.get_scale() < self.scale:
+            row |= {"grad_norm": None, "skipped": True}
+        self.waiting.append(row)
+        self.update_loss = 0.0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        losses = torch.stack([row["train/loss_step"] for row in self.waiting])
+        losses = (self.processes.sum(losses) / self.processes.world_size).tolist()
+        for row, loss in zip(self.waiting, losses, strict=True):
+            if isinstance(row["grad_norm"], Tensor):
+                row["grad_norm"] = row["grad_norm"].item()
+            self.append({**row, "train/loss_step": loss})
+        self.waiting = []
+        metrics = {name: trainer.callback_metrics[name].item() for name in EPOCH_METRICS}
+        self.append({"step": self.step, "epoch": trainer.current_epoch, **metrics})
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        state = {
+            "model": module.model.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else {},
+            "rng": torch.get_rng_state(),
+        }
+        if self.processes.is_main:
+            torch.save(state, self.folder / "final.pt")
+
+
+EPOCH_METRICS = ("train/loss_epoch", "val/loss_epoch", "val/exact_match")
