@@ -4,7 +4,7 @@
     python -m benchmarks.generalisation --task thirty-digits --seeds 1 2 3
     python -m benchmarks.generalisation --task paper-size --seeds 1 2 3
 
-Each seed is one run of train.py and evaluate.py as a user starts them, with a split, first weights and data order of its own.
+Each seed is one run of train.py and evaluate.py as a user starts them, with its own split, weights and order.
 """
 
 import json
@@ -22,7 +22,7 @@ from tqdm import tqdm
 PROJECT = Path(__file__).resolve().parent.parent
 FLAGS = {
     "ten-digits": [],
-    "thirty-digits": ["--num-categories", "30"],
+    "thirty-digits": ["--num-categories", "30", "--max-epochs", "12"],
     "paper-size": ["--dim", "512", "--num-heads", "8"],
 }
 

@@ -188,7 +188,7 @@ def settle_config(
     """
     rules = {
         "lr": (float(f"{1.5e-3 * (32 / config.dim) ** 0.75:.3g}"), "1.5e-3 x (32 / dim)^0.75"),
-        "max_epochs": (6 if config.dim < 256 else 3, "6 below dim 256, 3 from there on"),
+        "max_epochs": (5 if config.dim < 256 else 3, "5 below dim 256, 3 from there on"),
         "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
         "seq_len": (default_seq_len(config), "num_categories + 6"),
     }
