@@ -70,9 +70,8 @@ def print_table(rows: list[dict]) -> None:
         print(f"| {row['seed']} | {shares(row)} | {row['seconds']:.0f} | {wrong} |")
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("trained", "unseen", "val", "test", "seconds")}
     print(f"| mean | {shares(mean)} | {mean['seconds']:.0f} | |")
-    print(
-        f"\nworst seed: {min(row['trained'] for row in rows):.1%} trained, {min(row['unseen'] for row in rows):.1%} unseen"
-    )
+    worst = {key: min(row[key] for row in rows) for key in ("trained", "unseen")}
+    print(f"\nworst seed: {worst['trained']:.1%} trained, {worst['unseen']:.1%} unseen")
 
 
 def shares(row: dict) -> str:
