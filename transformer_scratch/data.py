@@ -88,8 +88,9 @@ def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
     """Keep a share of the distinct pairs out of training, half of it for validation and half for the test.
 
     Pairs are held out in random order (by seed), but none that would leave training without enough of its kind: at most
-    2 x holdout of the pairs that share a start, an end or a run length, going up or going down. So every start, end and
-    length is still trained in both directions. holdout 0 shares all pairs between the splits, as the article does.
+    2 x holdout (0.4 for small ones) of the pairs that share a start, an end or a run length, going up or going down. So
+    every start, end and length is still trained in both directions. holdout 0 shares all pairs between the splits, as
+    the article does.
 
     Raises ValueError when fewer than two pairs, or more than that rule allows, would be held out.
     """
@@ -104,7 +105,7 @@ def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
         )
     kinds_of = {pair: kinds(pair) for pair in pairs}
     sizes = Counter(kind for pair in pairs for kind in kinds_of[pair])
-    allowance = {kind: min(int(2 * holdout * size), size - 1) for kind, size in sizes.items()}
+    allowance = {kind: min(int(max(2 * holdout, 0.4) * size), size - 1) for kind, size in sizes.items()}
 
     held_out: list[Pair] = []
     generator = torch.Generator().manual_seed(seed)
