@@ -116,9 +116,11 @@ def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
             for kind in kinds_of[pair]:
                 allowance[kind] -= 1
     if len(held_out) < wanted:
+        most = int(100 * len(held_out) / len(pairs)) / 100
+        remedy = f"give {most:g} or less, or 0 to share all pairs" if len(held_out) > 1 else "give 0"
         raise ValueError(
             f"--holdout {holdout:g} would hold out {wanted} of {len(pairs)} pairs, but training would then lack a "
-            f"start, an end or a run length after {len(held_out)}; give {len(held_out) / len(pairs):.2g} or less"
+            f"start, an end or a run length after {len(held_out)}; {remedy}"
         )
     train = [pair for pair in pairs if pair not in set(held_out)]
     return Splits(train, sorted(held_out[: wanted // 2]), sorted(held_out[wanted // 2 :]))
