@@ -34,9 +34,11 @@ class Arguments:
     checkpoint: str = "best"
     """best (lowest validation loss), last, or the path of a checkpoint file."""
     pair: tuple[int, int] | None = None
-    """The pair to print in full, for example --pair 8 4. None: the first test pair."""
+    """The pair to print in full, for example --pair 8 4. None: the first test pair with a run of four or more."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
+    pictures: bool = True
+    """Draw what the model answers, where it looks and how it learned, into the run's pictures/."""
 
 
 def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     device, _ = choose_device(arguments.accelerator)
     task = Task(config.num_categories, config.seq_len)
     splits = split_pairs(task, config.holdout, config.seed)
-    pair = arguments.pair or splits.test[0]
+    pair = arguments.pair or next((pair for pair in splits.test if len(task.answer(pair)) >= 4), splits.test[0])
     if not all(0 <= digit < task.num_categories for digit in pair):
         raise BadInput(f"--pair {pair[0]} {pair[1]}: this run knows the digits 0 to {task.num_categories - 1}")
 
@@ -160,6 +162,12 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         raise BadInput(f"{folder / 'evaluation.json'} cannot be written: {error}") from None
     print_summary(result, file, folder)
+    if arguments.pictures:
+        from transformer_scratch.plots import save_pictures  # only here: matplotlib takes a while to start
+
+        files = save_pictures(folder, model, task, splits, predictions, pair, config.clip_norm)
+        print(f"pictures        {', '.join(picture.name for picture in files)}")
+        print(f"next            look at {files[0]}")
 
 
 if __name__ == "__main__":

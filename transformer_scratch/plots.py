@@ -1,0 +1,287 @@
+"""Pictures of a run: what the model answers, where it looks, how it learned, what it was built with.
+
+The model itself records nothing: attention_weights computes the maps anew from what its attention modules are fed.
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; sizes are for a projector.
+
+Shapes: H heads, T query positions, S key positions.
+"""
+
+import json
+import math
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogFormatter
+from torch import Tensor, nn
+
+from transformer_scratch.attention import attention_weights, causal_mask
+from transformer_scratch.data import Pair, Splits, Task
+from transformer_scratch.evaluation import Prediction
+from transformer_scratch.model import Transformer
+
+BLUE, LIGHT_BLUE, RED, ORANGE, GREY = "#0072B2", "#9FD3F2", "#D55E00", "#E69F00", "#D9D9D9"
+STYLE = {"font.size": 16, "axes.titlesize": 16, "figure.titlesize": 20, "figure.dpi": 80, "lines.linewidth": 2.5}
+
+
+class Attention(NamedTuple):
+    """One attention module on one sequence. weights: (H, T, S), each row sums to 1; allowed: (T, S) bool, its mask."""
+
+    weights: Tensor
+    allowed: Tensor
+
+
+@torch.inference_mode()
+def record_attention(model: Transformer, source: list[int], decoder_input: list[int]) -> dict[str, Attention]:
+    """Run the model once; -> what each of its attention modules weighed, by name, e.g. decoder.0.cross_attention."""
+    recorded = {}
+
+    def remember(name: str):
+        def before_forward(module: nn.Module, inputs: tuple, options: dict) -> None:
+            given = dict(zip(("x", "memory", "mask"), inputs, strict=False)) | options
+            x, memory, mask = given["x"], given["memory"], given.get("mask")
+            if given.get("causal"):
+                mask = causal_mask(x.size(1), x.device)
+            key, _ = module.keys_and_values(memory)  # (1, H, S, K)
+            weights = attention_weights(module.split_heads(module.query(x)), key, mask)[0]  # (H, T, S)
+            allowed = torch.ones_like(weights[0], dtype=torch.bool)
+            recorded[name] = Attention(weights.cpu(), (allowed if mask is None else allowed & mask.squeeze()).cpu())
+
+        return before_forward
+
+    hooks = [
+        module.register_forward_pre_hook(remember(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name.endswith("attention")
+    ]
+    device = next(model.parameters()).device
+    model(torch.tensor([source], device=device), torch.tensor([decoder_input], device=device))
+    for hook in hooks:
+        hook.remove()
+    return recorded
+
+
+def token_names(task: Task, ids: list[int]) -> list[str]:
+    special = {task.start_id: "start", task.end_id: "end", task.pad_id: "pad"}
+    return [special.get(token, str(token)) for token in ids]
+
+
+def label_tokens(axes: Axes, columns: list[str], rows: list[str]) -> None:
+    """Name the token of every row and column; where there are many, of every second, third, ..."""
+    across, down = math.ceil(len(columns) / 12), math.ceil(len(rows) / 12)
+    axes.set_xticks(range(0, len(columns), across), columns[::across], rotation=90 if len(columns) > 7 else 0)
+    axes.set_yticks(range(0, len(rows), down), rows[::down])
+    axes.tick_params(labelsize=14)
+
+
+def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits) -> Figure:
+    """Start digit by end digit: right or wrong, trained or never seen."""
+    trained, size = set(splits.train), task.num_categories
+    groups = [("right, trained", LIGHT_BLUE), ("right, never seen", BLUE), ("wrong, trained", ORANGE)]
+    groups.append(("wrong, never seen", RED))
+    grid = torch.tensor([[2 * (not predictions[a, b].exact) + ((a, b) not in trained) for b in range(size)]
+                         for a in range(size)])  # fmt: skip
+    counts = grid.flatten().bincount(minlength=4).tolist()
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid.numpy(), cmap=ListedColormap([colour for _, colour in groups]), vmin=0, vmax=3)
+    axes.set(xlabel="digit to stop at", ylabel="digit to start from")
+    ticks = range(0, size, 1 if size <= 12 else 5)
+    axes.set(xticks=ticks, yticks=ticks)
+    axes.set_xticks([edge - 0.5 for edge in range(1, size)], minor=True)
+    axes.set_yticks([edge - 0.5 for edge in range(1, size)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2 if size <= 12 else 0.7)
+    axes.tick_params(which="minor", length=0)
+    wrong = [pair for pair, prediction in predictions.items() if not prediction.exact]
+    for first, last in wrong:
+        axes.text(last, first, "×", ha="center", va="center", fontsize=min(30, 320 / size), fontweight="bold")
+
+    handles = [Patch(color=colour, label=f"{name}: {count}")
+               for (name, colour), count in zip(groups, counts, strict=True) if count]  # fmt: skip
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, title="pairs")
+    if wrong:
+        answers = [" ".join(token_names(task, predictions[pair].tokens)) for pair in wrong[:8]]
+        lines = [f"{a} {b} → {textwrap.shorten(text, 24, placeholder=' …')}"
+                 for (a, b), text in zip(wrong, answers, strict=False)]  # fmt: skip
+        lines += [f"… and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        axes.text(1.05, 0.6, "\n".join(["wrong answers (×):", *lines]), transform=axes.transAxes, va="top")
+    parts = [f"{counts[0]} of {counts[0] + counts[2]} trained pairs exact"]
+    if counts[1] + counts[3]:
+        parts.append(f"{counts[1]} of {counts[1] + counts[3]} never seen in training")
+    figure.suptitle("Can the model count from one digit to the other?\n" + ", ".join(parts))
+    return figure
+
+
+def draw_attention(
+    task: Task, recorded: dict[str, Attention], kind: str, columns: list[str], rows: list[str], title: str
+) -> Figure:
+    """One heat map for every layer and head of the decoder's `kind`, cross_attention or self_attention."""
+    layers = [item for name, item in recorded.items() if name.startswith("decoder") and name.endswith(kind)]
+    panels = [(f"layer {layer}, head {head}", weights.masked_fill(~item.allowed, math.nan))
+              for layer, item in enumerate(layers, start=1)
+              for head, weights in enumerate(item.weights, start=1)]  # fmt: skip
+    num_heads = len(layers[0].weights)
+    across = num_heads if num_heads > 1 else min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(max(13, 2.6 * across + 2), max(6, 3.4 * down + 1.5)), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    for axes, (name, weights) in zip(grid.flat, panels, strict=False):
+        axes.set_facecolor(GREY)  # shows where the mask leaves no weight
+        image = axes.imshow(weights.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(name)
+        label_tokens(axes, columns, rows)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    figure.colorbar(image, ax=grid, label="attention weight (a row sums to 1)", shrink=0.8)
+    figure.supxlabel("token looked at")
+    figure.supylabel("token about to be written")
+    figure.suptitle(title)
+    return figure
+
+
+def plain_numbers(axes: Axes) -> None:
+    """Label a logarithmic y axis 0.1, 1, 10 instead of with powers."""
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+
+
+def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
+    """Loss and exact match over the updates of a run. rows: the lines of metrics.jsonl."""
+
+    def points(key: str) -> tuple[list, list]:
+        found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*points("train/loss_step"), color=GREY, label="training, each update", linewidth=1.5)
+    left.plot(*points("train/loss_epoch"), "o-", color=ORANGE, label="training, epoch mean\n(with dropout)")
+    left.plot(*points("val/loss_epoch"), "s-", color=BLUE, label="validation (no dropout)")
+    guessing = f"guessing: ln {vocab_size} = {math.log(vocab_size):.2f}"
+    left.axhline(math.log(vocab_size), color="black", linestyle=":", label=guessing)
+    left.set(yscale="log", xlabel="update", ylabel="loss per token (log scale)")
+    left.set_title("Loss: how far below guessing?")
+    plain_numbers(left)
+    left.legend(loc="best")
+    right.plot(*points("val/exact_match"), "s-", color=BLUE, label="validation pairs")
+    right.plot(*points("test/exact_match"), "*", color=RED, markersize=22, label="test pairs, best weights")
+    right.set(ylim=(-0.03, 1.03), xlim=left.get_xlim(), xlabel="update", ylabel="share of whole answers right")
+    right.set_title("Exact match: are whole answers right?")
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    right.legend(loc="best")
+    figure.suptitle("How the run learned: the loss should fall, and the model's own answers come out right")
+    return figure
+
+
+def draw_schedule(rows: list[dict], clip_norm: float) -> Figure:
+    """The learning rate and the gradient norm of every update, as they were used."""
+    steps = [row for row in rows if "lr" in row]
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.plot([row["step"] for row in steps], [row["lr"] for row in steps], color=BLUE)
+    top.set(ylabel="learning rate", ylim=(0, None), title="Learning rate of each update")
+    norms = [(row["step"], row["grad_norm"]) for row in steps if row["grad_norm"] is not None]
+    bottom.plot(*zip(*norms, strict=True), color=ORANGE, linewidth=1.5, label="gradient norm")
+    if clip_norm:
+        bottom.axhline(clip_norm, color="black", linestyle=":", label=f"--clip-norm {clip_norm:g}")
+    if skipped := [row["step"] for row in steps if row.get("skipped")]:
+        bottom.plot(
+            skipped, [clip_norm or 1.0] * len(skipped), "x", color=RED, markersize=14, label="skipped: overflow"
+        )
+    bottom.set(xlabel="update", ylabel="gradient norm (log scale)", yscale="log")
+    plain_numbers(bottom)
+    bottom.set_title(
+        "Gradient norm" + (": above the dotted line it is scaled down to it" if clip_norm else ", not clipped")
+    )
+    bottom.legend(loc="upper right")
+    figure.suptitle("How large a step each update took")
+    return figure
+
+
+def draw_positions(positions: Tensor) -> Figure:
+    """The encoding that is added to the embeddings, and how alike any two positions are. positions: (length, dim)."""
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    image = left.imshow(positions.numpy(), cmap="PuOr", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    left.set(xlabel="dimension (fast waves left, slow ones right)", ylabel="position of the token")
+    left.set_title("One row is added to the token at that position")
+    figure.colorbar(image, ax=left, label="value added")
+    unit = nn.functional.normalize(positions, dim=1)
+    image = right.imshow((unit @ unit.T).numpy(), cmap="cividis")
+    right.set(xlabel="position", ylabel="position", title="Cosine between two rows")
+    figure.colorbar(image, ax=right, label="1 = the same direction", shrink=0.8)
+    figure.suptitle("Positional encoding: every position has its own pattern, and neighbours are alike")
+    return figure
+
+
+def draw_masks(task: Task, recorded: dict[str, Attention], source: list[str], written: list[str]) -> Figure:
+    """Which key each query of the first layer may attend to, for a padded source and a padded decoder input."""
+    panels = [
+        ("encoder.0.self_attention", "Encoder: padding hidden", source, source),
+        ("decoder.0.self_attention", "Decoder: the future hidden", written, written),
+        ("decoder.0.cross_attention", "Decoder to source: padding hidden", source, written),
+    ]
+    figure = Figure(figsize=(18, 7), layout="constrained")
+    for axes, (name, title, columns, rows) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.imshow(recorded[name].allowed.numpy(), cmap=ListedColormap([GREY, BLUE]), vmin=0, vmax=1, aspect="auto")
+        label_tokens(axes, columns, rows)
+        axes.set_xticks([edge - 0.5 for edge in range(1, len(columns))], minor=True)
+        axes.set_yticks([edge - 0.5 for edge in range(1, len(rows))], minor=True)
+        axes.grid(which="minor", color="white")
+        axes.tick_params(which="minor", length=0)
+        axes.set(title=title, xlabel="token looked at (key)", ylabel="token that looks (query)")
+    handles = [Patch(color=BLUE, label="may look"), Patch(color=GREY, label="hidden by the mask")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("Masks: a token may look only where the square is blue")
+    return figure
+
+
+def draw_run(
+    model: Transformer, task: Task, splits: Splits, predictions: dict[Pair, Prediction], pair: Pair
+) -> dict[str, Figure]:
+    """What can be drawn from the model itself, by file name; the attention is that of one pair, with its own answer."""
+    source, answer = [task.start_id, *pair, task.end_id], predictions[pair].tokens
+    asked = textwrap.shorten(f"{pair[0]} {pair[1]} → {' '.join(token_names(task, answer))}", 40, placeholder=" …")
+    written = [task.start_id, *answer[:-1]]
+    padding = [task.pad_id] * 3
+    with rc_context(STYLE):
+        attention = record_attention(model, source, written)
+        columns, rows = token_names(task, source), token_names(task, answer)
+        masks = record_attention(model, source + padding, written + padding)
+        return {
+            "answers": draw_answers(task, predictions, splits),
+            "attention_cross": draw_attention(
+                task, attention, "cross_attention", columns, rows,
+                f"Where the decoder looks in the question while it answers {asked}",
+            ),
+            "attention_self": draw_attention(
+                task, attention, "self_attention", token_names(task, written), rows,
+                f"Where the decoder looks in its own answer so far, {asked}",
+            ),
+            "positions": draw_positions(model.positions[: task.seq_len].cpu()),
+            "masks": draw_masks(task, masks, token_names(task, source + padding), token_names(task, written + padding)),
+        }  # fmt: skip
+
+
+def save_pictures(
+    folder: Path, model: Transformer, task: Task, splits: Splits, predictions: dict[Pair, Prediction], pair: Pair,
+    clip_norm: float,
+) -> list[Path]:  # fmt: skip
+    """Draw everything into folder/pictures; curves and schedule where the folder has a metrics.jsonl. -> the files."""
+    figures = draw_run(model, task, splits, predictions, pair)
+    if (folder / "metrics.jsonl").exists():
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        with rc_context(STYLE):
+            figures |= {"curves": draw_curves(rows, task.vocab_size), "schedule": draw_schedule(rows, clip_norm)}
+    (folder / "pictures").mkdir(exist_ok=True)
+    files = []
+    for name, figure in figures.items():
+        files.append(folder / "pictures" / f"{name}.png")
+        figure.savefig(files[-1])
+    return files
