@@ -53,19 +53,10 @@ class Arguments:
 def run(start: type[Transformer], seed: int, max_epochs: int) -> dict:
     """Train and evaluate through the scripts' own main functions, with the model replaced in the training."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        flags = [
-            "--seed",
-            str(seed),
-            "--max-epochs",
-            str(max_epochs),
-            "--run-dir",
-            f"{folder}/run",
-            "--wandb",
-            "disabled",
-        ]
+        flags = ["--seed", str(seed), "--max-epochs", str(max_epochs), "--wandb", "disabled"]
         train.Transformer = start
         with contextlib.redirect_stderr(io.StringIO()):
-            train.main(flags)
+            train.main([*flags, "--run-dir", f"{folder}/run"])
         evaluate.main(["--run", f"{folder}/run"])
         first = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[0])
         result = json.loads((Path(folder) / "run/evaluation.json").read_text())
