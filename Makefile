@@ -9,7 +9,7 @@ INSTALL = python3 -m venv .venv && .venv/bin/python -m pip install --quiet -r re
 INSTALL_ALL = $(INSTALL) -r comparison/requirements.txt
 endif
 
-.PHONY: train evaluate compare test test-all lint docker-build docker-shell
+.PHONY: train evaluate compare test test-all lint docker-build docker-shell docker-root
 
 train:  ## make train ARGS="--dim 64"
 	$(INSTALL)
@@ -38,5 +38,11 @@ lint:
 docker-build:
 	docker build --build-arg UID=$$(id -u) --build-arg GID=$$(id -g) -t transformer-scratch .
 
+# A machine without a GPU: make docker-shell GPUS=
+GPUS ?= --gpus all
+
 docker-shell:  ## a shell in the image, with the GPUs, this folder and the .env file
-	docker run --rm -it --gpus all --ipc=host --env-file .env -v "$(CURDIR)":/workspace transformer-scratch bash
+	docker run --rm -it $(GPUS) --ipc=host --env-file .env -v "$(CURDIR)":/workspace transformer-scratch bash
+
+docker-root:  ## the same as root, to install something for a try
+	docker run --rm -it $(GPUS) --ipc=host --env-file .env -v "$(CURDIR)":/workspace --user root transformer-scratch bash
