@@ -19,7 +19,7 @@ from transformer_scratch.checkpoint import CheckpointError, load_checkpoint, loa
 from transformer_scratch.config import Config
 from transformer_scratch.data import BatchSampler, Pair, PairDataset, Splits, Task, make_loader, split_pairs
 from transformer_scratch.errors import BadInput, exit_codes
-from transformer_scratch.evaluation import Prediction, exact_match, predict
+from transformer_scratch.evaluation import Prediction, exact_match, pair_to_show, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import newest_run
 from transformer_scratch.runtime import choose_device
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     device, _ = choose_device(arguments.accelerator)
     task = Task(config.num_categories, config.seq_len)
     splits = split_pairs(task, config.holdout, config.seed)
-    pair = arguments.pair or next((pair for pair in splits.test if len(task.answer(pair)) >= 4), splits.test[0])
+    pair = arguments.pair or pair_to_show(task, splits.test)
     if not all(0 <= digit < task.num_categories for digit in pair):
         raise BadInput(f"--pair {pair[0]} {pair[1]}: this run knows the digits 0 to {task.num_categories - 1}")
 

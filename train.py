@@ -9,6 +9,7 @@ Lines tagged [hidden: ...] are what PyTorch Lightning does silently; comparison/
 
 import math
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -36,7 +37,7 @@ from transformer_scratch.runtime import (
     start_processes,
 )
 from transformer_scratch.signals import StopRequest
-from transformer_scratch.tracking import never_fatal, start_wandb
+from transformer_scratch.tracking import answers_table, log_results, never_fatal, start_wandb
 
 
 def token_loss(network: nn.Module, batch: Batch, pad_id: int) -> Tensor:
@@ -153,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     for epoch in range(first_epoch, config.max_epochs):
         model.train()  # [hidden: train mode]
         sampler.set_epoch(epoch, first_batch)  # [hidden: a new order every epoch]
+        started, tokens_before = time.perf_counter(), epoch_tokens
         waiting = []  # lines for metrics.jsonl whose numbers are still on the device
         update_loss = torch.zeros((), device=device)
 
@@ -179,9 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
             scale = scaler.get_scale()
             scaler.step(optimizer)  # [hidden: optimizer step]
             scaler.update()  # [hidden: scaler update]
-            skipped = (
-                scaler.get_scale() < scale
-            )  # the gradients overflowed in fp16, so the scaler left the weights alone
+            # The gradients overflowed in fp16: the scaler has left the weights alone.
+            skipped = scaler.get_scale() < scale
             step += 1
             row = {"step": step, "epoch": epoch, "train/loss_step": update_loss, "lr": scheduler.get_last_lr()[0]}
             row |= {"grad_norm": grad_norm, "skipped": True} if skipped else {"grad_norm": grad_norm}
@@ -204,17 +205,16 @@ def main(arguments: list[str] | None = None) -> None:
                 stop_if_asked()
 
         model.eval()  # [hidden: eval mode]
-        row = {
-            "step": step,
-            "epoch": epoch,
-            "train/loss_epoch": processes.mean(epoch_loss, epoch_tokens),
-        }  # [hidden: epoch mean]
+        row = {"step": step, "epoch": epoch}
+        row["train/loss_epoch"] = processes.mean(epoch_loss, epoch_tokens)  # [hidden: epoch mean]
+        tokens_per_second = (epoch_tokens - tokens_before) * processes.world_size / (time.perf_counter() - started)
         row["val/loss_epoch"] = evaluate("val", val_loader, epoch * len(val_loader))  # [hidden: validation]
         with autocast:
-            row["val/exact_match"] = exact_match(predict(model, task, splits.val))
+            answers = predict(model, task, splits.val)
+        row["val/exact_match"] = exact_match(answers)
         run.append([row])
         with never_fatal("W&B"):
-            wandb.log(row)
+            wandb.log({**row, "tokens/s": tokens_per_second, "val/answers": answers_table(answers, splits)})
         summary.print_epoch(bar, row)
 
         ranking = sorted([*ranking, [row["val/loss_epoch"], epoch]])[: config.save_top_k]  # [hidden: the best k]
@@ -237,6 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     summary.print_end(run, row, predictions)
     with never_fatal("W&B"):
         wandb.log(row)
+        log_results(run, model, task, splits)
         wandb.alert("Training has ended", f"{run.path.name}: test exact match {row['test/exact_match']:.1%}")
         wandb.finish()
 

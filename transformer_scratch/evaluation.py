@@ -41,6 +41,11 @@ def predict(model: Transformer, task: Task, pairs: list[Pair], batch_size: int =
     return predictions
 
 
+def pair_to_show(task: Task, pairs: list[Pair]) -> Pair:
+    """The first with an answer of four tokens or more, so that there is something to see."""
+    return next((pair for pair in pairs if len(task.answer(pair)) >= 4), pairs[0])
+
+
 def exact_match(predictions: list[Prediction]) -> float:
     """The share of pairs whose whole answer is right."""
     return sum(prediction.exact for prediction in predictions) / len(predictions)

@@ -273,15 +273,18 @@ def save_pictures(
     folder: Path, model: Transformer, task: Task, splits: Splits, predictions: dict[Pair, Prediction], pair: Pair,
     clip_norm: float,
 ) -> list[Path]:  # fmt: skip
-    """Draw everything into folder/pictures; curves and schedule where the folder has a metrics.jsonl. -> the files."""
+    """Draw everything; curves and schedule where the folder has a metrics.jsonl. -> the files, in folder/pictures."""
     figures = draw_run(model, task, splits, predictions, pair)
     if (folder / "metrics.jsonl").exists():
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         with rc_context(STYLE):
             figures |= {"curves": draw_curves(rows, task.vocab_size), "schedule": draw_schedule(rows, clip_norm)}
+    return save_figures(figures, folder)
+
+
+def save_figures(figures: dict[str, Figure], folder: Path) -> list[Path]:
     (folder / "pictures").mkdir(exist_ok=True)
-    files = []
-    for name, figure in figures.items():
-        files.append(folder / "pictures" / f"{name}.png")
-        figure.savefig(files[-1])
+    files = [folder / "pictures" / f"{name}.png" for name in figures]
+    for file, figure in zip(files, figures.values(), strict=True):
+        figure.savefig(file)
     return files

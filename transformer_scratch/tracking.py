@@ -10,6 +10,9 @@ from pathlib import Path
 import wandb
 
 from transformer_scratch.config import Config, run_name
+from transformer_scratch.data import Splits, Task
+from transformer_scratch.evaluation import Prediction, pair_to_show, predict
+from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import RunFolder
 
 broken: set[str] = set()
@@ -47,6 +50,7 @@ def start_wandb(config: Config, run: RunFolder) -> str:
     arguments = {
         "project": config.wandb_project,
         "name": run_name(config),
+        "group": run_name(config),  # runs of the same settings, the Lightning twin's too, are drawn over each other
         "tags": ["debug" if config.debug else "run"],
         "config": dataclasses.asdict(config),
         "dir": run.path,
@@ -65,9 +69,41 @@ def start_wandb(config: Config, run: RunFolder) -> str:
         wandb.define_metric("*", step_metric="step")
         for split in ("val", "test"):  # the losses of single batches count batches, not updates
             wandb.define_metric(f"{split}/loss_step", step_metric=f"{split}/batch")
+        # The table of runs shows the best epoch, not the last.
+        wandb.define_metric("val/loss_epoch", step_metric="step", summary="min")
+        wandb.define_metric("val/exact_match", step_metric="step", summary="max")
         where = Path(wandb.run.dir).parent
-        return f"{mode} ({reason})" + {
-            "online": f"; {wandb.run.url}",
-            "offline": f"\n             look at it: wandb leet {where}\n             upload it:  wandb sync {where}",
-        }.get(mode, "")
+        line = f"{mode} ({reason})"
+        if mode == "online":
+            line += f"; {wandb.run.url}"
+        if mode == "offline":
+            line += f"\n             look at it: wandb leet {where}\n             upload it:  wandb sync {where}"
+        return line
     return "off, because it could not be started"
+
+
+def answers_table(answers: list[Prediction], splits: Splits) -> wandb.Table:
+    """One line a pair: what was asked, what is right, what the model said."""
+    trained = set(splits.train)
+    rows = [
+        [" ".join(map(str, ids)) for ids in (answer.pair, answer.target, answer.tokens)]
+        + [answer.exact, answer.pair not in trained]
+        for answer in answers
+    ]
+    return wandb.Table(columns=["pair", "target", "prediction", "right", "held out"], data=rows)
+
+
+def log_results(run: RunFolder, model: Transformer, task: Task, splits: Splits) -> None:
+    """Every answer of the best weights as a table and a picture, where they look, and online the weights themselves."""
+    if wandb.run.disabled:
+        return
+    from transformer_scratch.plots import draw_run, save_figures  # only here: matplotlib takes a while to start
+
+    with never_fatal("the pictures for W&B"):
+        predictions = {answer.pair: answer for answer in predict(model, task, task.all_pairs())}
+        figures = draw_run(model, task, splits, predictions, pair_to_show(task, splits.test))
+        shown = {name: figures[name] for name in ("answers", "attention_cross", "attention_self")}
+        images = {f"pictures/{file.stem}": wandb.Image(str(file)) for file in save_figures(shown, run.path)}
+        wandb.log({"test/answers": answers_table(list(predictions.values()), splits), **images})
+    if not wandb.run.offline:
+        wandb.log_artifact(run.path / "best.pt", name=f"best-{wandb.run.id}", type="model")
