@@ -44,6 +44,8 @@ class Recorder(pl.Callback):
         self.update_loss = 0.0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # First Lightning's own sums over the processes: the main process's progress bar has asked for them already.
+        metrics = {name: trainer.callback_metrics[name].item() for name in EPOCH_METRICS}
         losses = torch.stack([row["train/loss_step"] for row in self.waiting])
         losses = (self.processes.sum(losses) / self.processes.world_size).tolist()
         for row, loss in zip(self.waiting, losses, strict=True):
@@ -51,7 +53,6 @@ class Recorder(pl.Callback):
                 row["grad_norm"] = row["grad_norm"].item()
             self.append({**row, "train/loss_step": loss})
         self.waiting = []
-        metrics = {name: trainer.callback_metrics[name].item() for name in EPOCH_METRICS}
         self.append({"step": self.step, "epoch": trainer.current_epoch, **metrics})
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

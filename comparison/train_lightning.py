@@ -51,8 +51,8 @@ class LitTransformer(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def token_loss(self, batch: Batch) -> Tensor:
-        logits = self.model(batch.source, batch.decoder_input)  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=self.task.pad_id)
+        logits = self.model(batch.source, batch.decoder_input, batch.tokens)  # (N, V)
+        return F.cross_entropy(logits, batch.target.flatten()[batch.tokens])
 
     # The three steps run under autocast, on a batch that is on the device already. What training_step returns is
     # divided by accumulate_grad_batches, scaled, sent backward, unscaled and clipped; then come optimizer, scaler
