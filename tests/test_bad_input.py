@@ -1,0 +1,248 @@
+"""Bad input: exit code 2, the reason and the remedy on stderr, no traceback, and no folder left behind."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, TINY
+
+import evaluate as evaluate_script
+import train as train_script
+from transformer_scratch.checkpoint import save_checkpoint
+from transformer_scratch.errors import exit_codes
+
+
+@pytest.fixture
+def refused(capsys):
+    """Give flags that cannot work to train.py or evaluate.py; -> what stands on stderr."""
+
+    def run(*flags: object, main=train_script.main) -> str:
+        before = sorted(Path().rglob("*"))
+        with pytest.raises(SystemExit) as end, exit_codes():
+            main([str(flag) for flag in flags])
+        captured = capsys.readouterr()
+        assert end.value.code == 2
+        assert captured.err.strip() and "Traceback" not in captured.err
+        assert sorted(Path().rglob("*")) == before, "a refused run leaves nothing"
+        return " ".join(captured.err.split())
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------- values of train.py
+
+
+@pytest.mark.parametrize("value", ["0", "-3"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--max-epochs", "--num-datas", "--batch-size", "--num-heads", "--dim", "--num-layers", "--ffn-dim",
+        "--accumulate", "--log-every", "--save-top-k", "--num-categories", "--seq-len", "--devices",
+    ],
+)  # fmt: skip
+def test_sizes_start_at_one(refused, flag, value):
+    assert f"{flag} {value} must be 1 or more" in refused(flag, value)
+
+
+@pytest.mark.parametrize(
+    "flag, value, rule",
+    [
+        ("--dropout", "1", "at least 0 and below 1"),
+        ("--dropout", "-0.1", "at least 0 and below 1"),
+        ("--dropout", "nan", "at least 0 and below 1"),
+        ("--holdout", "1.0", "at least 0 and below 1"),
+        ("--holdout", "-0.2", "at least 0 and below 1"),
+        ("--holdout", "nan", "at least 0 and below 1"),
+        ("--lr", "0", "above 0"),
+        ("--lr", "-0.001", "above 0"),
+        ("--lr", "nan", "above 0"),
+        ("--lr", "inf", "above 0"),
+        ("--clip-norm", "-1", "0 (off) or more"),
+        ("--clip-norm", "nan", "0 (off) or more"),
+        ("--weight-decay", "-0.1", "0 (off) or more"),
+        ("--warmup-steps", "-1", "0 (off) or more"),
+        ("--num-workers", "-1", "0 (off) or more"),
+        ("--save-every", "-1", "0 (off) or more"),
+        ("--seed", "-1", "from 0 to"),
+        ("--seed", str(2**32), "from 0 to"),
+    ],
+)
+def test_values_outside_their_range(refused, flag, value, rule):
+    message = refused(flag, value)
+    assert flag in message and rule in message
+
+
+@pytest.mark.parametrize(
+    "flags, reason, remedy",
+    [
+        ("--dim 30 --num-heads 4", "--dim 30 is not divisible by --num-heads 4", "1, 2, 3, 5, 6, 10, 15, 30"),
+        ("--seq-len 11", "too short for 10 digits", "--seq-len 12 or more"),
+        ("--num-categories 30 --seq-len 16", "too short for 30 digits", "--seq-len 32 or more"),
+        ("--holdout 0.001", "validation and test need one each", "--holdout 0.02 or more"),
+        ("--holdout 0.95", "would then lack", "or less, or 0 to share all pairs"),
+        ("--num-categories 1", "validation and test need one each", "0 to share all pairs"),
+        ("--num-categories 3", "would then lack", "give 0"),
+        ("--batch-size 256 --num-datas 100", "256 is larger than --num-datas 100", "smaller --batch-size or more"),
+    ],
+)
+def test_values_that_do_not_fit_together(refused, flags, reason, remedy):
+    message = refused(*flags.split())
+    assert reason in message and remedy in message
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("--no-such-flag 1", "no-such-flag"),
+        ("--max-epoch 1", "max-epoch"),
+        ("--accelerator tpu", "invalid choice"),
+        ("--amp fp8", "invalid choice"),
+        ("--wandb maybe", "invalid choice"),
+        ("--dim wide", "wide"),
+        ("--lr fast", "fast"),
+        ("--dim 32.5", "32.5"),
+        ("--dim", "dim"),
+        ("stray", "stray"),
+    ],
+)
+def test_flags_that_do_not_exist_or_cannot_be_read(refused, flags, reason):
+    assert reason in refused(*flags.split())
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "mps"])
+def test_an_accelerator_that_is_not_there(refused, accelerator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    message = refused("--accelerator", accelerator)
+    assert f"--accelerator {accelerator}" in message and "--accelerator cpu works" in message
+
+
+def test_several_devices_without_torchrun_print_the_command_to_type(script):
+    flags = ["--devices", "2", "--dim", "64", "--wandb-project", "my project"]
+    process = script("train.py", *flags)
+    assert process.returncode == 2 and "Traceback" not in process.stderr and not Path("runs").exists()
+    command = shlex.split("torchrun" + process.stderr.split("torchrun")[-1])
+    assert command == ["torchrun", "--standalone", "--nproc-per-node", "2", str(PROJECT / "train.py"), *flags]
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def test_a_run_folder_that_cannot_be_written(refused):
+    Path("file").write_text("not a folder")
+    assert "cannot be written" in refused(*TINY, "--run-dir", "file/run")
+    assert "give another --run-dir" in refused(*TINY, "--run-dir", "/proc/run")
+    assert "--run-dir file is not an empty folder" in refused(*TINY, "--run-dir", "file")
+
+
+def test_a_runs_folder_that_is_a_file(refused):
+    Path("runs").write_text("not a folder")
+    assert "cannot be written" in refused(*TINY)
+
+
+@pytest.mark.root
+def test_a_folder_without_permission_to_write():
+    """As another user, since root may write everywhere."""
+    Path("closed").mkdir(mode=0o555)
+    command = [sys.executable, str(PROJECT / "train.py"), *TINY, "--run-dir", "closed/run"]
+    process = subprocess.run(command, capture_output=True, text=True, user=65534, env={**os.environ, "HOME": "/tmp"})
+    assert process.returncode == 2 and "cannot be written" in process.stderr and "Traceback" not in process.stderr
+    assert not list(Path("closed").iterdir())
+
+
+def test_a_run_folder_that_holds_a_run_is_refused(refused, train):
+    train(*TINY, "--run-dir", "mine")
+    files = {file: file.stat().st_mtime_ns for file in Path("mine").iterdir()}
+    message = refused(*TINY, "--run-dir", "mine")
+    assert "--run-dir mine" in message and "--resume mine" in message
+    assert {file: file.stat().st_mtime_ns for file in Path("mine").iterdir()} == files
+
+
+# ------------------------------------------------------------------------------- checkpoints that are not there or ours
+
+
+@pytest.fixture
+def strangers() -> list[Path]:
+    """Folders that are no runs: missing, empty, and with files of others under our names."""
+    strange = [Path(name) for name in ("missing", "empty", "nothing", "text", "theirs", "list")]
+    for folder in strange[1:]:
+        folder.mkdir()
+    contents = {"nothing": b"", "text": b"no checkpoint at all"}
+    for folder, content in contents.items():
+        (Path(folder) / "last.pt").write_bytes(content)
+        (Path(folder) / "best.pt").write_bytes(content)
+    for folder, content in {"theirs": torch.nn.Linear(1, 1).state_dict(), "list": [1, 2]}.items():
+        torch.save(content, Path(folder) / "last.pt")
+        torch.save(content, Path(folder) / "best.pt")
+    return strange
+
+
+def test_resume_from_what_is_no_run(refused, strangers):
+    for folder in strangers:
+        message = refused("--resume", folder)
+        assert str(folder) in message
+    assert "there is no such folder" in refused("--resume", "missing")
+    assert "there is no last.pt in it" in refused("--resume", "empty")
+    assert "no such folder" in refused("--resume", "text/last.pt")
+
+
+def test_resume_from_weights_alone(refused):
+    Path("weights").mkdir()
+    save_checkpoint(Path("weights/last.pt"), {"model": {}, "config": {}, "epoch": 0, "step": 0})
+    assert "weights only" in refused("--resume", "weights")
+
+
+def test_evaluate_what_is_no_run(refused, strangers):
+    for folder in strangers:
+        for checkpoint in ("best", "last"):
+            message = refused("--run", folder, "--checkpoint", checkpoint, main=evaluate_script.main)
+            assert str(folder) in message
+    for file in ["missing.pt", "text/best.pt", "nothing/best.pt", "theirs/best.pt", "list/best.pt", "empty"]:
+        message = refused("--checkpoint", file, main=evaluate_script.main)
+        assert file in message
+
+
+def test_evaluate_without_any_run(refused):
+    assert "python train.py" in refused(main=evaluate_script.main)
+
+
+@pytest.mark.parametrize(
+    "pair, reason",
+    [("8", "pair"), ("8 10", "0 to 9"), ("-1 4", "0 to 9"), ("a b", "pair"), ("1 2 3", "3"), ("1.5 2", "1.5")],
+)
+def test_pairs_that_are_no_pairs(refused, train, pair, reason):
+    train(*TINY, "--max-epochs", 1)
+    assert reason in refused("--pair", *pair.split(), main=evaluate_script.main)
+
+
+@pytest.mark.parametrize("flags", ["--dim 32", "--lr 0.5", "--seed 1", "--holdout 0", "--batch-size 8", "--amp bf16"])
+def test_a_resumed_run_keeps_its_settings(refused, train, flags):
+    run = train(*TINY)
+    message = refused("--resume", run, *flags.split())
+    assert f"{flags.split()[0]} cannot change" in message and "--max-epochs" in message
+
+
+def test_fewer_epochs_than_done(refused, train):
+    run = train(*TINY)
+    assert "has done 2 epochs" in refused("--resume", run, "--max-epochs", 1)
+
+
+# ------------------------------------------------------------------------------------- through the real command line
+
+
+@pytest.mark.parametrize(
+    "name, flags, reason",
+    [
+        ("train.py", "--dim 10 --num-heads 3", "error: --dim 10 is not divisible by --num-heads 3"),
+        ("evaluate.py", "--run missing", "error: --run missing"),
+    ],
+)
+def test_the_scripts_exit_with_2(script, name, flags, reason):
+    process = script(name, *flags.split())
+    assert process.returncode == 2 and process.stdout == ""
+    assert reason in process.stderr and "Traceback" not in process.stderr
+    assert not list(Path().iterdir())
