@@ -11,7 +11,6 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 
 import torch
 import wandb
@@ -20,7 +19,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from transformer_scratch import summary
-from transformer_scratch.checkpoint import load_checkpoint
 from transformer_scratch.config import load_config, settle_config
 from transformer_scratch.data import Batch, BatchSampler, Task, make_datasets, make_loader, split_pairs
 from transformer_scratch.errors import TrainingFault, exit_codes
@@ -40,10 +38,10 @@ from transformer_scratch.signals import StopRequest
 from transformer_scratch.tracking import answers_table, log_results, never_fatal, start_wandb
 
 
-def token_loss(network: nn.Module, batch: Batch, pad_id: int) -> Tensor:
-    """The mean cross-entropy over the batch's target tokens; padding does not count. -> scalar."""
-    logits = network(batch.source, batch.decoder_input)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=pad_id)
+def token_loss(network: nn.Module, batch: Batch) -> Tensor:
+    """The mean cross-entropy over the batch's target tokens; padding is not even computed. -> scalar."""
+    logits = network(batch.source, batch.decoder_input, batch.tokens)  # (N, V)
+    return F.cross_entropy(logits, batch.target.flatten()[batch.tokens])
 
 
 def read_rows(waiting: list[dict], processes) -> list[dict]:
@@ -66,8 +64,8 @@ def read_rows(waiting: list[dict], processes) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     # ---------------------------------------------------------------- set-up: what every later line stands on
-    config, saved = load_config(arguments)
-    processes = start_processes(config.devices)
+    processes = start_processes()
+    config, saved = load_config(arguments, processes)
     config, device, dtype, reasons = settle_config(config, processes)
     stop = StopRequest(processes)
     seed_everything(config.seed)  # [hidden: seeding]
@@ -125,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
             model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
             scaler=scaler.state_dict(), epoch=next_epoch, batch=next_batch, step=step, ranking=ranking,
             epoch_loss=processes.gather(epoch_loss.cpu()), epoch_tokens=processes.gather(epoch_tokens),
-            rng=processes.gather(rng_state()), config=asdict(config),
+            rng=processes.gather(rng_state()), config=run.settings,
         )  # fmt: skip
 
     @torch.inference_mode()  # [hidden: no gradients outside training]
@@ -134,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         loss_sum, num_tokens = torch.zeros((), device=device), 0
         for index, batch in enumerate(loader, start=first_index):
             with autocast:
-                loss = token_loss(model, batch.to(device), task.pad_id)
+                loss = token_loss(model, batch.to(device))
             loss_sum += loss * batch.num_tokens
             num_tokens += batch.num_tokens
             with never_fatal("W&B"):
@@ -167,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             with nullcontext() if update_ends or network is model else network.no_sync():  # [hidden: no_sync]
                 with autocast:  # [hidden: autocast]
-                    loss = token_loss(network, batch, task.pad_id)
+                    loss = token_loss(network, batch)
                 # Gradients are averaged over the processes, but shares have to be added up: hence world_size.
                 scaler.scale(loss * (share * processes.world_size)).backward()  # [hidden: backward]
             update_loss += loss.detach() * share
@@ -218,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
         summary.print_epoch(bar, row)
 
         ranking = sorted([*ranking, [row["val/loss_epoch"], epoch]])[: config.save_top_k]  # [hidden: the best k]
-        run.save_ranked(ranking, epoch, step=step, model=model.state_dict(), config=asdict(config))
+        run.save_ranked(ranking, epoch, step=step, model=model.state_dict(), config=run.settings)
         first_batch = epoch_tokens = 0
         epoch_loss.zero_()
         save_state(epoch + 1, 0)  # [hidden: a checkpoint to go on from]
@@ -226,8 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # ----------------------------------------------------------------------------- the test, with the best weights
     bar.close()
-    processes.from_main()  # wait until best.pt is written
-    model.load_state_dict(load_checkpoint(run.path / "best.pt")["model"])  # [hidden: the best weights, not the last]
+    model.load_state_dict(run.load_best(ranking)["model"])  # [hidden: the best weights, not the last]
     model.eval()
     row = {"step": step, "epoch": config.max_epochs, "test/loss_epoch": evaluate("test", test_loader)}
     with autocast:

@@ -92,10 +92,10 @@ def main(
     arguments: list[str] | None = None, hooks: Sequence[type] = HOOKS, callbacks: Sequence[pl.Callback] | None = None
 ) -> Path:
     """Train and test; -> the folder of the run. hooks, callbacks: what tests leave out or put in."""
-    config, _ = load_config(arguments)
+    processes = start_processes()
+    config, _ = load_config(arguments, processes)
     if config.resume:
         raise BadInput("--resume: the comparison trains from the start; leave it out")
-    processes = start_processes(config.devices)
     config, device, _, _ = settle_config(config, processes)
     pl.seed_everything(config.seed)
     torch.set_float32_matmul_precision("high")

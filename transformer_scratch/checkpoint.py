@@ -47,9 +47,10 @@ def checksum(content: object) -> str:
     return sha.hexdigest()
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
+def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) -> None:
     """Write the content under a temporary name, force it to the disk, then rename: no moment has half a file.
 
+    The file that stood there gets the name keep_old_as, at the moment when the new one is safe on the disk.
     Raises TrainingFault when the disk does not take it; what stood there before stays.
     """
     content = {"format": FORMAT, **content}
@@ -60,16 +61,21 @@ def save_checkpoint(path: Path, content: dict) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_old_as and path.exists():
+            link(path, keep_old_as)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError from torch.save
-        free = shutil.disk_usage(path.parent).free // 2**20
-        raise TrainingFault(
-            f"{path} could not be written ({free} MiB free on that disk): {str(error).splitlines()[0]}. "
-            "The state saved before it is whole; make room and --resume"
-        ) from error
-    finally:
         temporary.unlink(missing_ok=True)
+        remedy = f"{path} from before is whole: make room and --resume" if path.exists() else "Make room and try again"
+        raise TrainingFault(
+            f"{path} could not be written ({free_space(path.parent)} free on that disk): "
+            f"{str(error).splitlines()[0]}. {remedy}"
+        ) from error
+
+
+def free_space(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB"
 
 
 def link(existing: Path, name: Path) -> None:
@@ -79,9 +85,20 @@ def link(existing: Path, name: Path) -> None:
     try:
         os.link(existing, temporary)
     except OSError:  # no hard links on this file system
-        shutil.copyfile(existing, temporary)
+        copy(existing, temporary)
     os.replace(temporary, name)
     sync_folder(name.parent)
+
+
+def copy(existing: Path, name: Path) -> None:
+    """A copy that is on the disk when this returns, or absent."""
+    try:
+        shutil.copyfile(existing, name)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+    except OSError:
+        name.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -102,16 +119,16 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # a flipped bit can raise almost anything in there
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason[:120]})") from error
-    if not isinstance(content, dict) or "format" not in content or "checksum" not in content:
+    if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of this project")
-    expected = content.pop("checksum")
-    if checksum(content) != expected:
-        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {content['format']}, this version reads format {FORMAT}: "
-            "use the version of the project that wrote it"
+            f"{path} has checkpoint format {content['format']}, this version of the project reads format {FORMAT}: "
+            f"it needs the version that wrote it"
         )
+    expected = content.pop("checksum", None)
+    if checksum(content) != expected:
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     return content
 
 
@@ -139,4 +156,4 @@ def load_resumable(folder: Path) -> dict:
     content, path = load_first_good([folder / "last.pt", folder / "previous.pt"])
     if "optimizer" not in content:
         raise CheckpointError(f"{path} holds weights only; a run is resumed from a complete state")
-    return content
+    return {**content, "file": str(path)}

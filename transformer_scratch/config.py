@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import tyro
 from transformer_scratch.checkpoint import load_resumable
 from transformer_scratch.data import Task, split_pairs
 from transformer_scratch.errors import BadInput
-from transformer_scratch.runtime import Processes, choose_device, choose_precision, folder_before_restart
+from transformer_scratch.runtime import ALONE, Processes, choose_device, choose_precision
 
 
 @dataclass
@@ -99,7 +100,7 @@ CHANGEABLE_ON_RESUME = {
 }  # fmt: skip
 
 
-def load_config(arguments: list[str] | None = None) -> tuple[Config, dict | None]:
+def load_config(arguments: list[str] | None = None, processes: Processes = ALONE) -> tuple[Config, dict | None]:
     """The configuration as given on the command line, checked, and the state to go on from (None for a new run).
 
     With --resume every setting is the saved one, and what is given beside it must not change the run so far.
@@ -107,34 +108,42 @@ def load_config(arguments: list[str] | None = None) -> tuple[Config, dict | None
     """
     # --help and wrong flags are tyro's: explained, with exit codes 0 and 2.
     config = tyro.cli(Config, args=arguments)
-    if config.resume is None and (interrupted := folder_before_restart()):
-        arguments = [*(sys.argv[1:] if arguments is None else arguments), "--resume", str(interrupted)]
-        config = dataclasses.replace(config, resume=str(interrupted))
-    if config.resume is None:
-        check(config)
+    folder = config.resume or processes.run_before_restart()
+    if folder is None:
+        check(config, processes)
         return config, None
-    saved = load_resumable(Path(config.resume))
+    saved = processes.from_main(lambda: load_resumable(Path(folder)))
+    if unknown := saved["config"].keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise BadInput(f"{folder} was trained with settings unknown to this version: {', '.join(sorted(unknown))}")
     before = Config(**saved["config"])
-    config = tyro.cli(Config, args=arguments, default=before)
+    config = keep_settings(before, tyro.cli(Config, args=arguments, default=before))
+    config = dataclasses.replace(config, resume=str(folder))
+    check(config, processes)
+    if config.max_epochs < saved["epoch"]:
+        raise BadInput(f"--max-epochs {config.max_epochs}, but the run has done {saved['epoch']} epochs already")
+    return config, saved
+
+
+def keep_settings(before: Config, config: Config) -> Config:
+    """The configuration of a resumed run. Raises BadInput where it would change what the run has computed so far."""
     for field in dataclasses.fields(Config):
         old, new = getattr(before, field.name), getattr(config, field.name)
-        if old != new and field.name not in CHANGEABLE_ON_RESUME:
+        if new is None or (new == "auto" and field.name in ("accelerator", "amp")):  # chosen when the run began
+            config = dataclasses.replace(config, **{field.name: old})
+        elif old != new and field.name not in CHANGEABLE_ON_RESUME:
             allowed = ", ".join(flag(name) for name in sorted(CHANGEABLE_ON_RESUME - {"resume"}))
             raise BadInput(
                 f"{flag(field.name)} cannot change in a resumed run: it was {old}, now {new}. Leave it out, or start "
                 f"a new run. These may change: {allowed}"
             )
-    check(config)
-    if config.max_epochs < saved["epoch"]:
-        raise BadInput(f"--max-epochs {config.max_epochs}, but the run has done {saved['epoch']} epochs already")
-    return config, saved
+    return config
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check(config: Config) -> None:
+def check(config: Config, processes: Processes) -> None:
     """Raise BadInput for any value that cannot work, before anything is created."""
     whole_from_one = (
         "devices", "max_epochs", "num_datas", "batch_size", "num_heads", "dim", "num_layers", "ffn_dim",
@@ -155,7 +164,14 @@ def check(config: Config) -> None:
         raise BadInput(
             f"--dim {config.dim} is not divisible by --num-heads {config.num_heads}; these fit: {', '.join(divisors)}"
         )
-    global_batch = config.batch_size * config.devices
+    if config.devices != processes.world_size and (config.devices > 1 or config.resume):
+        started = f"torchrun started {processes.world_size}" if processes.world_size > 1 else "one process was started"
+        starter = f"torchrun --standalone --nproc-per-node {config.devices}" if config.devices > 1 else "python"
+        raise BadInput(
+            f"--devices {config.devices}, but {started}. Several processes are started by torchrun, one directly; "
+            f"here: {starter} {shlex.join(sys.argv)}"
+        )
+    global_batch = config.batch_size * processes.world_size
     if global_batch > config.num_datas:
         raise BadInput(
             f"a batch of {global_batch} is larger than --num-datas {config.num_datas}: give a smaller --batch-size "

@@ -5,6 +5,9 @@ import ctypes
 import os
 import platform
 import random
+import time
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +27,11 @@ class Processes:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    store: dist.Store | None = None  # torchrun keeps it as long as it lives, over restarts of its processes
 
     @property
     def is_main(self) -> bool:
-        """The one process that prints and writes."""
+        """The one process that prints, reads and writes."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -48,32 +52,72 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value: object = None) -> object:
-        """The main process's value, on every process; waits until the main process is here too."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+    def from_main(self, function: Callable[[], object]) -> object:
+        """What the function returns on the main process, on every process; a BadInput it raises, too."""
+        if self.world_size == 1:
+            return function()
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except BadInput as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def remember_run(self, folder: Path) -> None:
+        """Let the processes that torchrun starts after a fault find their run again."""
+        if self.store is not None:
+            self.store.set("run", str(folder))
+
+    def run_before_restart(self) -> Path | None:
+        """The run that this torchrun was training before it restarted its processes, if it did and there was one."""
+        if self.store is None or not self.store.check(["run"]):
+            return None
+        return Path(self.store.get("run").decode())
 
 
-def start_processes(devices: int) -> Processes:
-    """Join the other processes, if torchrun started several. Raises BadInput when --devices asks for others."""
+ALONE = Processes()
+
+
+def start_processes() -> Processes:
+    """Join the other processes, if torchrun started several."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if devices not in (1, world_size):
-        started = f"torchrun started {world_size}" if world_size > 1 else "one process was started"
-        raise BadInput(
-            f"--devices {devices}, but {started}. Several processes are started by torchrun: "
-            f"torchrun --standalone --nproc-per-node {devices} train.py --devices {devices} ..."
-        )
-    if world_size == 1:
-        return Processes()
-    atexit.register(dist.destroy_process_group)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-    return Processes(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size)
+    if world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ALONE
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore("transformer_scratch", store)
+    if world_size > 1:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        own_store = dist.PrefixStore(name_of_this_start(store, rank, world_size), store)
+        dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
+        atexit.register(dist.destroy_process_group)
+    return Processes(rank, int(os.environ["LOCAL_RANK"]), world_size, store)
+
+
+def name_of_this_start(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that all processes started together share, and none that torchrun started before.
+
+    After a restart the store still holds the addresses of the dead processes under the keys of the living, which
+    would wait for them for ever (pytorch issue 135712). How often it has restarted, each node counts for itself.
+    """
+    if rank > 0:
+        name = store.get(f"answer {store.add('requests', 1)}").decode()
+        store.add(f"{name} joined", 1)
+        return name
+    name, answered = uuid.uuid4().hex, 0
+    while store.add(f"{name} joined", 0) < world_size - 1:  # requests of the dead are answered, too, and not counted
+        requests = store.add("requests", 0)
+        for number in range(answered + 1, requests + 1):
+            store.set(f"answer {number}", name)
+        answered = requests
+        time.sleep(0.01)
+    return name
 
 
 def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, str]:
@@ -137,6 +181,8 @@ def rng_state() -> dict:
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -145,26 +191,5 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def launch_id() -> str | None:
-    """What all processes of one torchrun share, before and after a restart: its run id and its agent's process id."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}"
-
-
-def remember_launch(folder: Path) -> None:
-    """Let the processes that torchrun starts after a fault find their run again."""
-    if launch_id():
-        (folder / ".launch").write_text(launch_id())
-
-
-def folder_before_restart() -> Path | None:
-    """The run that this torchrun was training before it restarted its processes, if it did and there was one."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None
-    for marker in RUNS.glob("*/.launch"):
-        if marker.read_text() == launch_id() and (marker.parent / "last.pt").exists():
-            return marker.parent
-    return None
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
