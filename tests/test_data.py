@@ -244,14 +244,14 @@ def test_the_loader_hands_out_the_samplers_batches_and_no_random_number():
     assert torch.equal(torch.get_rng_state(), state)
     for batch, (samples, tokens) in zip(loaded, batches(sampler), strict=True):
         expected = sampler.dataset[torch.tensor(samples), tokens]
-        assert all(torch.equal(one, other) for one, other in zip(batch[:3], expected[:3], strict=True))
-        assert batch[3:] == expected[3:]
+        assert all(torch.equal(one, other) for one, other in zip(batch[:4], expected[:4], strict=True))
+        assert batch[4:] == expected[4:]
 
 
 def test_workers_change_nothing():
     loaded = [list(make_loader(make_sampler(), num_workers)) for num_workers in (0, 2)]
     for one, other in zip(*loaded, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True)) and one[3:] == other[3:]
+        assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True)) and one[4:] == other[4:]
 
 
 def test_an_epoch_of_the_article_is_built_in_no_time():

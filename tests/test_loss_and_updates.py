@@ -46,7 +46,7 @@ def test_the_loss_by_hand():
     batch, model = first_batch(32, 32), first_model()
     assert (batch.target == TASK.pad_id).any(), "there is padding to leave out"
     expected = loss_by_hand(model(batch.source, batch.decoder_input), batch.target)
-    assert train_script.token_loss(model, batch, TASK.pad_id).item() == pytest.approx(expected, rel=1e-6)
+    assert train_script.token_loss(model, batch).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_reported_losses_are_token_means(train):
@@ -104,7 +104,7 @@ def test_one_update_by_hand(train, clip_norm):
         "--lr", lr, "--weight-decay", decay, "--clip-norm", clip_norm,
     )  # fmt: skip
     model = first_model()
-    loss = train_script.token_loss(model, first_batch(32, 32), TASK.pad_id)
+    loss = train_script.token_loss(model, first_batch(32, 32))
     loss.backward()
     norm = math.sqrt(sum(parameter.grad.double().square().sum().item() for parameter in model.parameters()))
     assert norm > 0.5, "there is something to clip"
@@ -176,7 +176,7 @@ def test_a_batch_is_overfitted(train):
     model = Transformer(TASK.vocab_size, dim=32, num_layers=1, dropout=0.0)
     optimizer = make_optimizer(model, lr=3e-3, weight_decay=0.0, fused=True)
     for _ in range(120):
-        loss = train_script.token_loss(model, batch, TASK.pad_id)
+        loss = train_script.token_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -7,6 +7,7 @@ and it broadcasts to (B, H, T, S).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,30 @@ def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
     -> (T, T) bool, the lower triangle.
     """
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+class Packing(NamedTuple):
+    """Where the tokens of a padded (B, T) batch stand. Packed, they follow each other without the padding: (N, D).
+
+    tokens: (N,) int64, their numbers among the B * T positions, counted row by row.
+    """
+
+    tokens: Tensor
+    batch_size: int
+    length: int
+
+
+def pack(x: Tensor, packing: Packing | None) -> Tensor:
+    """(B, T, D) -> (N, D), for all that works on each position alone; None leaves x as it is."""
+    return x if packing is None else x.flatten(0, 1).index_select(0, packing.tokens)
+
+
+def unpack(x: Tensor, packing: Packing | None) -> Tensor:
+    """(N, D) -> (B, T, D) with zeros for the padding, for attention, where positions meet; None leaves x as it is."""
+    if packing is None:
+        return x
+    rows = x.new_zeros(packing.batch_size * packing.length, x.size(-1)).index_copy(0, packing.tokens, x)
+    return rows.unflatten(0, (packing.batch_size, packing.length))
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -77,21 +102,40 @@ class MultiHeadAttention(nn.Module):
         """(B, T, D) -> (B, H, T, K): every head attends on its own slice of the width."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
 
-    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, memory: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> two of (B, H, S, K). On its own because decoding keeps them (see KeyValueCache)."""
-        key, value = self.key_value(memory).chunk(2, dim=-1)  # (B, S, D) each
+        key, value = unpack(self.key_value(memory), packing).chunk(2, dim=-1)  # (B, S, D) each
         return self.split_heads(key), self.split_heads(value)
 
-    def attend(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x: (B, T, D) asks, key and value: (B, H, S, K) answer -> (B, T, D)."""
-        query = self.split_heads(self.query(x))  # (B, H, T, K)
+    def attend(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """x: (B, T, D), or (N, D) with a packing, asks; key and value: (B, H, S, K) answer -> as x.
+
+        causal stands for the mask causal_mask(T).
+        """
+        query = self.split_heads(unpack(self.query(x), packing))  # (B, H, T, K)
         if is_fused_faster(query, key):
             heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         else:
-            mask = causal_mask(x.size(1), x.device) if causal else mask
+            mask = causal_mask(query.size(2), x.device) if causal else mask
             heads = scaled_dot_product_attention(query, key, value, mask)  # (B, H, T, K)
-        return self.output(heads.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.output(pack(heads.transpose(1, 2).flatten(2), packing))  # (B, T, D) or (N, D)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x: (B, T, D) attends to memory: (B, S, D) -> (B, T, D). causal stands for the mask causal_mask(T)."""
-        return self.attend(x, *self.keys_and_values(memory), mask, causal)
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        packing: Packing | None = None,
+        memory_packing: Packing | None = None,
+    ) -> Tensor:
+        """x: (B, T, D) attends to memory: (B, S, D) -> (B, T, D). With a packing, x and the result are (N, D)."""
+        return self.attend(x, *self.keys_and_values(memory, memory_packing), mask, causal, packing)

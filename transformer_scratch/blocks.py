@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transformer_scratch.attention import MultiHeadAttention
+from transformer_scratch.attention import MultiHeadAttention, Packing
 
 
 class FeedForward(nn.Sequential):
@@ -106,13 +106,16 @@ class DecoderBlock(nn.Module):
         self.feed_forward = FeedForward(dim, ffn_dim)
         self.feed_forward_norm = AddAndNorm(dim, dropout)
 
-    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
-        """x: (B, T, D), memory: (B, S, D), memory_mask: (B, 1, 1, S) -> (B, T, D).
+    def forward(
+        self, x: Tensor, memory: Tensor, memory_mask: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """x: (B, T, D), memory: (B, S, D), memory_mask: (B, 1, 1, S) -> (B, T, D). With a packing, x is (N, D).
 
         Padding stands only at the end of a target, so the causal mask already hides it from every real position.
         """
-        x = self.self_attention_norm(x, self.self_attention(x, x, causal=True))
-        x = self.cross_attention_norm(x, self.cross_attention(x, memory, memory_mask))
+        attended = self.self_attention(x, x, causal=True, packing=packing, memory_packing=packing)
+        x = self.self_attention_norm(x, attended)
+        x = self.cross_attention_norm(x, self.cross_attention(x, memory, memory_mask, packing=packing))
         return self.feed_forward_norm(x, self.feed_forward(x))
 
     def step(self, x: Tensor, cache: KeyValueCache, memory_mask: Tensor | None) -> Tensor:

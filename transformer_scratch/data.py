@@ -140,19 +140,21 @@ def kinds(pair: Pair) -> list[tuple]:
 class Batch(NamedTuple):
     """What one forward and backward pass sees.
 
-    source: (B, S), decoder_input: (B, T), target: (B, T), all int64. num_tokens counts this batch's target tokens,
-    update_tokens those of the whole optimizer update it belongs to: all its accumulated batches, on all processes.
+    source: (B, S), decoder_input: (B, T), target: (B, T), all int64. tokens: (N,) int64, which of the B * T target
+    positions are tokens. num_tokens is N, update_tokens that of the whole optimizer update the batch belongs to: all
+    its accumulated batches, on all processes.
     """
 
     source: Tensor
     decoder_input: Tensor
     target: Tensor
+    tokens: Tensor
     num_tokens: int
     update_tokens: int
 
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors; from pinned memory the copy runs beside the computation."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        moved = (tensor.to(device, non_blocking=True) for tensor in self[:4])
         return Batch(*moved, self.num_tokens, self.update_tokens)
 
 
@@ -166,6 +168,7 @@ class PairDataset(Dataset):
         self.source = torch.tensor([task.encode_source(pair) for pair in pairs])  # (pairs, seq_len)
         self.target = torch.tensor([task.encode_target(pair) for pair in pairs])  # (pairs, seq_len)
         self.source_lengths = (self.source != task.pad_id).sum(dim=1)  # (pairs,)
+        self.is_token = self.target[:, 1:] != task.pad_id  # (pairs, seq_len - 1)
         self.target_lengths = (self.target != task.pad_id).sum(dim=1) - 1  # (pairs,), without the start token
 
     def __len__(self) -> int:
@@ -175,10 +178,11 @@ class PairDataset(Dataset):
         """item: the samples (B,) and the tokens of their update. Columns that are padding for all of them are cut."""
         samples, update_tokens = item
         rows = self.rows[samples]
-        lengths = self.target_lengths[rows]
+        length = int(self.target_lengths[rows].max())
         source = self.source[rows, : int(self.source_lengths[rows].max())]
-        target = self.target[rows, : int(lengths.max()) + 1]
-        return Batch(source, target[:, :-1], target[:, 1:], int(lengths.sum()), update_tokens)
+        target = self.target[rows, : length + 1]
+        tokens = self.is_token[rows, :length].flatten().nonzero().squeeze(1)
+        return Batch(source, target[:, :-1], target[:, 1:], tokens, len(tokens), update_tokens)
 
 
 def make_datasets(

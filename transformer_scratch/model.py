@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from transformer_scratch.attention import padding_mask
+from transformer_scratch.attention import Packing, pack, padding_mask
 from transformer_scratch.blocks import DecoderBlock, Dropout, EncoderBlock, KeyValueCache
 
 
@@ -90,14 +90,22 @@ class Transformer(nn.Module):
             x = block(x, mask)
         return x
 
-    def decode(self, decoder_input: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        decoder_input: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
         """decoder_input: (B, T) ids, memory: (B, S, D) -> logits: (B, T, V).
 
         memory_mask: (B, 1, 1, S) bool, which of the memory's positions are tokens; None when all are.
+        tokens: see forward.
         """
-        x = self.embed(decoder_input, self.target_embedding)
+        packing = None if tokens is None else Packing(tokens, *decoder_input.shape)
+        x = pack(self.embed(decoder_input, self.target_embedding), packing)
         for block in self.decoder:
-            x = block(x, memory, memory_mask)
+            x = block(x, memory, memory_mask, packing)
         return self.output(x)
 
     def start_caches(self, memory: Tensor) -> list[KeyValueCache]:
@@ -113,6 +121,10 @@ class Transformer(nn.Module):
             x = block.step(x, cache, memory_mask)
         return self.output(x).squeeze(1)
 
-    def forward(self, source: Tensor, decoder_input: Tensor) -> Tensor:
-        """source: (B, S) ids, decoder_input: (B, T) ids -> logits: (B, T, V), one prediction after each input token."""
-        return self.decode(decoder_input, self.encode(source), padding_mask(source, self.pad_id))
+    def forward(self, source: Tensor, decoder_input: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """source: (B, S) ids, decoder_input: (B, T) ids -> logits: (B, T, V), one prediction after each input token.
+
+        tokens: (N,) int64, which of the B * T positions are wanted -> (N, V). The others must be padding or come after
+        what is wanted in their row: then leaving them out changes nothing, and they cost next to nothing.
+        """
+        return self.decode(decoder_input, self.encode(source), padding_mask(source, self.pad_id), tokens)
