@@ -3,6 +3,7 @@
 Shapes: N samples or pairs, B batch, S source length, T target length (both cut to the longest of the batch).
 """
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -63,6 +64,16 @@ class Task:
     def all_pairs(self) -> list[Pair]:
         return [(a, b) for a in range(self.num_categories) for b in range(self.num_categories)]
 
+    def kinds(self, pair: Pair) -> list[tuple]:
+        """What a pair teaches: a run length, a start and an end, each going up or down (a run of one digit is both)."""
+        first, last = pair
+        directions = ["up"] * (last >= first) + ["down"] * (last <= first)
+        return [
+            (name, value, direction)
+            for direction in directions
+            for name, value in (("length", abs(last - first)), ("start", first), ("end", last))
+        ]
+
     def pad(self, ids: list[int]) -> list[int]:
         return ids + [self.pad_id] * (self.seq_len - len(ids))
 
@@ -103,7 +114,7 @@ def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
             f"--holdout {holdout:g} of {len(pairs)} pairs is {wanted}: validation and test need one each; "
             f"give --holdout {2 / len(pairs):g} or more, or 0 to share all pairs"
         )
-    kinds_of = {pair: kinds(pair) for pair in pairs}
+    kinds_of = {pair: task.kinds(pair) for pair in pairs}
     sizes = Counter(kind for pair in pairs for kind in kinds_of[pair])
     allowance = {kind: min(int(max(2 * holdout, 0.4) * size), size - 1) for kind, size in sizes.items()}
 
@@ -124,17 +135,6 @@ def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
         )
     train = [pair for pair in pairs if pair not in set(held_out)]
     return Splits(train, sorted(held_out[: wanted // 2]), sorted(held_out[wanted // 2 :]))
-
-
-def kinds(pair: Pair) -> list[tuple]:
-    """What a pair teaches: a run length, a start and an end, each going up or down (a run of one digit is both)."""
-    first, last = pair
-    directions = ["up"] * (last >= first) + ["down"] * (last <= first)
-    return [
-        (name, value, direction)
-        for direction in directions
-        for name, value in (("length", abs(last - first)), ("start", first), ("end", last))
-    ]
 
 
 class Batch(NamedTuple):
@@ -257,6 +257,7 @@ def make_loader(sampler: BatchSampler, num_workers: int = 0, pin_memory: bool = 
         batch_size=None,
         num_workers=num_workers,
         collate_fn=as_it_is,
+        worker_init_fn=own_process_group,
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
@@ -264,3 +265,8 @@ def make_loader(sampler: BatchSampler, num_workers: int = 0, pin_memory: bool = 
 
 def as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def own_process_group(worker: int) -> None:
+    """Ctrl-C goes to a whole group of processes: workers must live on until the main one has saved its state."""
+    os.setpgrp()

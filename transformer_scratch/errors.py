@@ -1,5 +1,8 @@
 """How a program of this project ends: exit codes, and one clear line instead of a traceback where the user can act."""
 
+import errno
+import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +23,8 @@ class TrainingFault(Exception):
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Turn faults with a known remedy into one line and an exit code; anything else keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     try:
         yield
     except BadInput as error:
@@ -28,17 +33,37 @@ def exit_codes() -> Iterator[None]:
         finish(1, str(error))
     except KeyboardInterrupt:
         finish(INTERRUPTED, "interrupted before there was anything to save")
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is a plain one
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not (message := remedy(error)):
             raise
-        finish(1, "out of memory. A smaller --batch-size needs less; --accumulate 2 then keeps the size of an update. "
-                  "What was saved last is whole: --resume continues from it")  # fmt: skip
+        finish(1, message, only_main=False)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def remedy(error: Exception) -> str | None:
+    """What to do about a fault of the machine; None for a fault of the program."""
+    text = str(error)
+    # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return (
+            "out of memory. A smaller --batch-size needs less; --accumulate 2 then keeps the size of an update. "
+            "What was saved last is whole: --resume continues from it"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {text}. What was saved last is whole: make room and --resume"
+    if rank() and any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer")):
+        return "another process has ended, so this one cannot go on"
+    return None
 
 
-def finish(code: int, message: str) -> None:
-    print(f"error: {message}" if code in (1, 2) else message, file=sys.stderr, flush=True)
+def rank() -> str | None:
+    """This process among those that torchrun started; None when it is alone."""
+    return os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+
+
+def finish(code: int, message: str, only_main: bool = True) -> None:
+    """Say why, and leave. What all processes know, the main one says for all."""
+    if not only_main or rank() in (None, "0"):
+        label = "error" if code in (1, 2) else "stopped"
+        label += f" in process {rank()}" if rank() else ""
+        print(f"{label}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -22,7 +22,7 @@ def print_start(
         return f" ({reasons[name]})" if name in reasons else ""
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    pairs = config.num_categories**2
+    pairs = len({*splits.train, *splits.val, *splits.test})
     if splits.val == splits.train:
         data = f"{pairs} pairs, shared by training, validation and test, as in the article"
     else:
@@ -67,17 +67,21 @@ def print_epoch(bar: tqdm, row: dict) -> None:
 
 def print_stopped(run: RunFolder, step: int) -> None:
     if run.is_main:
-        print(
-            f"stopped after step {step}; nothing is lost. Go on with: python train.py --resume {run.path}", flush=True
-        )
+        print(f"stopped after step {step}; nothing is lost. Go on with: {resume_command(run)}", flush=True)
 
 
 def print_finished(run: RunFolder, config: Config) -> None:
     if run.is_main:
         print(
             f"{run.path} has finished its {config.max_epochs} epochs already. "
-            f"Go further with: python train.py --resume {run.path} --max-epochs {config.max_epochs + 4}"
+            f"Go further with: {resume_command(run)} --max-epochs {config.max_epochs + 4}"
         )
+
+
+def resume_command(run: RunFolder) -> str:
+    number = run.processes.world_size
+    starter = f"torchrun --standalone --nproc-per-node {number}" if number > 1 else "python"
+    return f"{starter} train.py --resume {run.path}"
 
 
 def print_end(run: RunFolder, row: dict, predictions: dict[str, list[Prediction]]) -> None:
