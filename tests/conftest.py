@@ -55,15 +55,17 @@ def tiny() -> list[str]:
     return list(TINY)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def script():
     """Run a script of the project as its user does, in the current folder. -> the finished process, output as text."""
 
-    def run(name: str, *arguments: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        name: str, *arguments: object, timeout: float = 120, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, str(PROJECT / name), *map(str, arguments)],
             capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment},
+            cwd=cwd, env={**os.environ, **environment},
         )  # fmt: skip
 
     return run

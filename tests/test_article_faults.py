@@ -142,7 +142,7 @@ def test_evaluation_is_in_eval_mode(train, monkeypatch):
 
     def reported_and_true() -> list[tuple[float, float]]:
         run = train(*TINY, "--dropout", 0.5, "--max-epochs", 1)
-        evaluate_script.main(["--run", str(run)])
+        evaluate_script.main(["--run", str(run), "--no-pictures"])
         weights = load_checkpoint(run / "best.pt")["model"]
         network = Transformer(TASK.vocab_size, dim=16, num_layers=1)
         network.load_state_dict(weights)
@@ -181,7 +181,7 @@ def test_no_held_out_pair_is_ever_trained_on(train, monkeypatch):
 
     def trained_pairs(*flags) -> set:
         fetched.clear()
-        train(*TINY, *flags)
+        train(*TINY, "--batch-size", 160, *flags)
         training_data = fetched[0][0]
         return {pair for dataset, pairs in fetched for pair in pairs if dataset is training_data}
 
@@ -196,7 +196,7 @@ def test_the_chance_rate_is_that_of_a_token(capsys, train):
     """One token of 14, not 1 / seq_len."""
     run = train(*TINY, "--max-epochs", 1)
     assert "right once in 14 times" in capsys.readouterr().out
-    evaluate_script.main(["--run", str(run)])
+    evaluate_script.main(["--run", str(run), "--no-pictures"])
     assert "chance rate : 0.07143\n" in capsys.readouterr().out
     assert f"{1 / TASK.seq_len:.4g}" == "0.0625", "what the article prints"
 
@@ -205,7 +205,7 @@ def test_the_checkpoint_carries_its_settings(train, capsys):
     """No flag of the training is repeated, whatever they were."""
     flags = "--dim 24 --num-heads 3 --num-layers 2 --ffn-dim 40 --num-categories 6 --seq-len 11 --holdout 0.1"
     run = train(*flags.split(), "--no-tie-embeddings", "--batch-size", 32, "--num-datas", 64, "--max-epochs", 1)
-    evaluate_script.main([])
+    evaluate_script.main(["--no-pictures"])
     result = json.loads((run / "evaluation.json").read_text())
     assert len(result["predictions"]) == 36
     assert "chance rate : 0.1\n" in capsys.readouterr().out
