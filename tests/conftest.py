@@ -16,6 +16,7 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas", "320", "--max-epochs", "2"]
+SIGNAL_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["WANDB_SILENT"] = "true"
@@ -49,6 +50,14 @@ def in_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def pytest_keeps_its_signals():
+    """train.py inside this process takes over Ctrl-C and SIGTERM; afterwards they are pytest's again."""
+    yield
+    for number, handler in SIGNAL_HANDLERS.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def tiny() -> list[str]:
     """Flags of a training that takes a second."""
@@ -76,14 +85,10 @@ def train():
     """Run train.py inside this process, which is quicker, in the current folder. -> the folder of the new run."""
     import train as train_script
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def run(*arguments: object) -> Path:
         runs = set(Path("runs").glob("*"))
         train_script.main(["--wandb", "disabled", *map(str, arguments)])
         new_runs = set(Path("runs").glob("*")) - runs
         return new_runs.pop() if new_runs else None
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
