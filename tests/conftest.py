@@ -51,7 +51,7 @@ def in_temporary_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def pytest_keeps_its_signals():
+def signals_as_before():
     """train.py inside this process takes over Ctrl-C and SIGTERM; afterwards they are pytest's again."""
     yield
     for number, handler in SIGNAL_HANDLERS.items():
