@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Parity:
-    """What two runs have in common. Losses are compared step by step; a step that only one of them did counts as inf."""
+    """What two runs have in common. Losses are compared step by step; a step that only one of them did is inf apart."""
 
     losses: list[tuple[float, float]]  # (train.py, Lightning) for every update
     epoch_figures: dict[str, tuple[float, float]]  # epoch means, exact matches, the test's results

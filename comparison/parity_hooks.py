@@ -70,36 +70,23 @@ class EpochMeansOverProcesses:
         super().log_loss(split, loss, counted, prog_bar)
 
 
-class CachedAutocast(MixedPrecision):
-    """torch.autocast keeps the half-precision copy of a weight within one forward pass; Lightning 2.6.6 turns that
-    off. A weight used twice, as tied embeddings are, then adds its two gradients in float32 instead of in half.
-
-    Also: on a CPU Lightning runs bf16 when asked for fp16. With a scaler of its own it does run fp16.
-    """
-
-    def autocast_context_manager(self) -> torch.autocast:
-        return torch.autocast(self.device, dtype=torch.half if self.scaler else torch.bfloat16)
-
-
 HOOKS = (
     TokenWeightedUpdates,
     ScheduleWaitsForSkippedUpdates,
     ClipsAndKeepsTheNorm,
     OneSeedForEachProcess,
     EpochMeansOverProcesses,
-    CachedAutocast,
 )
 
 
-def with_hooks(
-    module_class: type[pl.LightningModule], hooks: Sequence[type], amp: str, device_type: str
-) -> tuple[type[pl.LightningModule], dict]:
-    """-> the module with the hooks laid over it, and the Trainer's arguments for the precision."""
-    over = tuple(hook for hook in hooks if not issubclass(hook, MixedPrecision))
-    module_class = type(f"Parity{module_class.__name__}", (*over, module_class), {})
-    if amp == "off":
-        return module_class, {"precision": "32-true"}
-    precision = {"fp16": "16-mixed", "bf16": "bf16-mixed"}[amp]
-    scaler = torch.amp.GradScaler(device_type) if amp == "fp16" else None
-    plugin = CachedAutocast if CachedAutocast in hooks else MixedPrecision
-    return module_class, {"plugins": [plugin(precision, device_type, scaler)]}
+def with_hooks(module_class: type[pl.LightningModule], hooks: Sequence[type]) -> type[pl.LightningModule]:
+    """The module with the hooks laid over it."""
+    return type(module_class.__name__, (*hooks, module_class), {})
+
+
+def precision(amp: str, device_type: str) -> dict:
+    """The Trainer's arguments for --amp. On a CPU Lightning runs bf16 when asked for 16-mixed, with a warning; given a
+    scaler of its own, it runs fp16."""
+    if amp == "fp16" and device_type == "cpu":
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
+    return {"precision": {"off": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}[amp]}

@@ -2,7 +2,7 @@
 
     python -m comparison.train_lightning --dim 64
 
-What trains is shared: configuration, data, model, optimizer, schedule and greedy decoding come from transformer_scratch.
+What trains is shared: configuration, data, model, optimizer, schedule and decoding come from transformer_scratch.
 What differs is who runs the loop: here it is `trainer.fit`. Where the two programs would compute different numbers,
 parity_hooks.py makes Lightning do what train.py does, one class for each difference.
 """
@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 from torch.nn import functional as F
 
-from comparison.parity_hooks import HOOKS, with_hooks
+from comparison.parity_hooks import HOOKS, precision, with_hooks
 from comparison.recorder import Recorder
 from transformer_scratch.config import Config, load_config, run_name, settle_config
 from transformer_scratch.data import Batch, BatchSampler, Splits, Task, make_datasets, make_loader, split_pairs
@@ -111,8 +111,7 @@ def main(
         make_loader(BatchSampler(data, config.batch_size, **shard)) for data in (val_data, test_data)
     )
 
-    module_class, precision = with_hooks(LitTransformer, hooks, config.amp, device.type)
-    module = module_class(config, task, splits)
+    module = with_hooks(LitTransformer, hooks)(config, task, splits)
     folder = Path(config.run_dir or RUNS / f"{run_name(config)}-lightning")
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(folder, processes)
@@ -134,7 +133,7 @@ def main(
             TQDMProgressBar(refresh_rate=config.log_every),
             *([recorder] if callbacks is None else callbacks),
         ],
-        **precision,
+        **precision(config.amp, device.type),
     )  # fmt: skip
     trainer.fit(module, train_loader, val_loader)
     (results,) = trainer.test(module, test_loader, ckpt_path="best")  # the last weights, were it not for ckpt_path
