@@ -1,0 +1,19 @@
+"""Exercise 4: positional encoding, section 3.5.
+
+PE(pos, 2i) = sin(pos / 10000^(2i/dim)), PE(pos, 2i+1) = cos(pos / 10000^(2i/dim))
+
+Shapes: B batch, T positions, D width (dim).
+Check it with: python -m pytest exercises/check_positions.py
+"""
+
+from torch import Tensor
+
+
+def positional_encoding(length: int, dim: int) -> Tensor:
+    """-> (length, dim), one row for each position. dim is even here."""
+    raise NotImplementedError("positional_encoding is yours to write, from the two equations above")
+
+
+def add_positions(x: Tensor) -> Tensor:
+    """Add to every token the encoding of its position in its sequence. x: (B, T, D) -> (B, T, D)."""
+    raise NotImplementedError("add_positions is yours to write: one line. Which axis of x is time?")
