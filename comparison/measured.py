@@ -1,0 +1,125 @@
+"""Runs train.py or its twin with a stopwatch beside it; nothing in either program knows of it.
+
+    python -m comparison.measured plain|lightning <json file> <steps> <log every> <start time> [training flags]
+
+The clock is read after every optimizer step. What both programs call alike to compute (fetching a batch, the model, its
+loss, backward, clipping, AdamW's arithmetic) is timed on its own; the rest of a step is what its loop costs.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
+
+from transformer_scratch.data import PairDataset
+from transformer_scratch.model import Transformer
+
+WARM_UP = 5  # updates that are not timed
+
+# Both programs look these up by name when they call them, so that timing them needs no change in either.
+SHARED = [
+    (PairDataset, "__getitem__"),
+    (Transformer, "forward"),
+    (torch.nn.functional, "cross_entropy"),
+    (torch.Tensor, "backward"),
+    (torch.nn.utils, "clip_grad_norm_"),
+    (importlib.import_module("torch.optim.adam"), "adam"),
+]
+
+
+class Stopwatch:
+    """Reads the clock at every update, and adds up the time spent in what both programs share."""
+
+    def __init__(self, program: str, bar: tqdm):
+        self.program, self.bar = program, bar
+        self.shared = 0.0
+        self.depth = 0  # a shared function within a shared function is not counted twice
+        self.frames: int | None = None
+        self.readings: list[tuple[float, float]] = []  # (time, shared time) after each update
+        for owner, name in SHARED:
+            setattr(owner, name, self.timed(getattr(owner, name), is_loss=name == "cross_entropy"))
+        register_optimizer_step_post_hook(self.after_update)
+
+    def timed(self, function, is_loss: bool):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if is_loss and self.frames is None and torch.is_grad_enabled():
+                self.frames = self.frames_above()
+            self.depth += 1
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.depth -= 1
+                if self.depth == 0:
+                    self.shared += time.perf_counter() - started
+
+        return call
+
+    def frames_above(self) -> int:
+        """How many functions are open between the program's main() and the loss, both ends included."""
+        frame, count = sys._getframe(2), 1
+        while frame.f_code.co_name != "main" or Path(frame.f_code.co_filename).stem != self.program:
+            frame, count = frame.f_back, count + 1
+        return count
+
+    def after_update(self, optimizer: object, args: tuple, kwargs: dict) -> None:
+        self.readings.append((time.perf_counter(), self.shared))
+        self.bar.update()
+
+    def results(self, log_every: int) -> dict:
+        """Milliseconds of a step, and the microseconds of it around the model.
+
+        Logging happens every log_every updates: windows of that length hold one each, and their median is taken.
+        """
+        readings = self.readings[WARM_UP:]
+        window = max(1, min(log_every, (len(readings) - 1) // 3))
+        pairs = list(zip(readings[:-window], readings[window:], strict=True))
+        if not pairs:
+            return {"step_ms": None, "around_us": None}
+        steps = [(b[0] - a[0]) / window for a, b in pairs]
+        around = [(b[0] - a[0] - b[1] + a[1]) / window for a, b in pairs]
+        return {"step_ms": statistics.median(steps) * 1e3, "around_us": statistics.median(around) * 1e6}
+
+
+def main() -> None:
+    which, file, steps, log_every, started, *flags = sys.argv[1:]
+    is_main = os.environ.get("RANK", "0") == "0"
+    file = Path(file)
+    screen = os.fdopen(os.dup(2), "w")
+    output = open(file.with_suffix(".txt"), "a")  # noqa: SIM115 - what the program prints, until this process ends
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    interval = 0.2 if screen.isatty() else 10.0
+    bar = tqdm(
+        total=int(steps), desc=f"{which:<9}", unit="step", file=screen, mininterval=interval, disable=not is_main
+    )
+
+    program = {"plain": "train", "lightning": "comparison.train_lightning"}[which]
+    watch = Stopwatch(program.split(".")[-1], bar)
+    with contextlib.closing(bar):
+        importlib.import_module(program).main(flags)
+    if is_main:
+        first_update = watch.readings[0][0] - time.perf_counter() + time.time()
+        results = {
+            **watch.results(int(log_every)),
+            "startup_s": first_update - float(started),
+            "total_s": time.time() - float(started),
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "frames": watch.frames,
+        }
+        file.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
