@@ -1,0 +1,61 @@
+"""The loop for the whiteboard computes what train.py computes with its features off, to the last bit."""
+
+import re
+
+import pytest
+import torch
+from conftest import PROJECT
+from metrics import read_metrics, step_losses
+
+from comparison import minimal_loop
+from transformer_scratch.checkpoint import load_checkpoint
+
+FEATURES_OFF = ["--clip-norm", "0", "--warmup-steps", "0", "--amp", "off"]
+SETTINGS = {"SEED": 7, "DIM": 16, "NUM_HEADS": 2, "NUM_LAYERS": 1, "DROPOUT": 0.2, "NUM_DATAS": 330, "BATCH_SIZE": 32,
+            "NUM_EPOCHS": 3, "LEARNING_RATE": 0.01, "WEIGHT_DECAY": 0.05}  # fmt: skip
+FLAGS = {"NUM_EPOCHS": "max-epochs", "LEARNING_RATE": "lr"}
+
+
+@pytest.fixture
+def both(train, monkeypatch, capsys):
+    """-> a function that trains with train.py and these flags, and with the minimal loop."""
+    for name, value in SETTINGS.items():
+        monkeypatch.setattr(minimal_loop, name, value)
+    settings = [part for name, value in SETTINGS.items()
+                for part in ("--" + FLAGS.get(name, name.lower()), value)]  # fmt: skip
+
+    def run(*flags):
+        folder = train(*settings, *FEATURES_OFF, *flags)
+        capsys.readouterr()
+        return folder, *minimal_loop.main(), capsys.readouterr().out
+
+    return run
+
+
+def test_same_losses_and_weights_to_the_last_bit(both):
+    folder, model, losses, printed = both()
+    assert losses == step_losses(folder) and len(losses) == 30
+    weights = load_checkpoint(folder / "last.pt")["model"]
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    expected = [f"{row['val/loss_epoch']:.4f}" for row in read_metrics(folder) if "val/loss_epoch" in row]
+    assert re.findall(r": loss ([\d.]+),", printed) == expected
+
+
+@pytest.mark.parametrize("flags", [["--clip-norm", "0.5"], ["--warmup-steps", "10"], ["--accumulate", "2"]])
+def test_a_feature_that_is_on_makes_a_difference(both, flags):
+    folder, _, losses, _ = both(*flags)
+    assert losses != step_losses(folder)
+
+
+def test_its_settings_are_those_of_the_default_training():
+    from transformer_scratch.config import load_config, settle_config
+    from transformer_scratch.runtime import Processes
+
+    config, *_ = settle_config(load_config([])[0], Processes())
+    names = {name: FLAGS.get(name, name.lower()).replace("-", "_") for name in SETTINGS}
+    text = (PROJECT / "comparison/minimal_loop.py").read_text()
+    written = {}
+    for line in re.findall(r"^([A-Z_, ]+) = (.+)$", text, re.MULTILINE):
+        written |= dict(zip(line[0].split(", "), [float(value) for value in line[1].split(", ")], strict=True))
+    assert written == {name: getattr(config, field) for name, field in names.items()}
+    assert 60 <= len(text.splitlines()) <= 80
