@@ -1,0 +1,71 @@
+"""Trainings to do harm to, each in a process of its own.
+
+The process is forked from one that has imported everything, so it starts at once, and runs train.py's main under its
+exit codes. A plant is a function that breaks something in that process first.
+"""
+
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformer_scratch.checkpoint import checksum, load_checkpoint
+
+# Two epochs of six updates.
+SMALL = shlex.split("--dim 16 --num-layers 1 --batch-size 32 --num-datas 192 --max-epochs 2 --wandb disabled")
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["train", "torch._dynamo", "pytest"])  # torch.optim needs the second, as it finds out
+
+
+class Training(forkserver.Process):
+    """A training in a folder, the current one if none is given. Its output goes to a file there."""
+
+    def __init__(self, flags: Sequence[str], plant: Callable[[], None] | None = None, folder: Path | None = None):
+        super().__init__()
+        self.flags, self.plant, self.folder = list(flags), plant, folder or Path.cwd()
+        self.output = self.folder / f"output-{uuid.uuid4().hex}.txt"
+
+    def run(self) -> None:
+        import torch
+
+        import train
+        from transformer_scratch.errors import exit_codes
+
+        torch.set_num_threads(1)
+        os.chdir(self.folder)
+        sys.argv = ["train.py", *self.flags]
+        descriptor = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        if self.plant:
+            self.plant()
+        with exit_codes():
+            train.main(self.flags)
+
+    def wait(self) -> tuple[int, str]:
+        """-> exit code, negative for a signal, and the output."""
+        self.join(60)
+        if self.is_alive():
+            self.kill()
+            raise AssertionError(f"still running after a minute: {self.output.read_text()}")
+        return self.exitcode, self.output.read_text()
+
+
+def fingerprint(folder: Path) -> dict:
+    """Everything a run has come to, bit for bit: a dict, so that a difference has a name."""
+    last = load_checkpoint(folder / "last.pt")
+    for key in ("wandb_id", "config", "metrics_size"):  # how it was started and logged may differ
+        last.pop(key)
+    prints = {key: checksum(value) for key, value in last.items()}
+    for file in [*sorted(folder.glob("epoch=*.pt")), folder / "best.pt"]:
+        prints[file.name] = checksum(load_checkpoint(file)["model"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in [key for key in line if "per_second" in key]:
+            del line[key]  # the clock is not reproducible
+    return {**prints, "metrics": lines}
