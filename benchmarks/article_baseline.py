@@ -2,8 +2,8 @@
 
 Everything is as long as --seq-len, samples are made one by one, every tensor is float32, dropout stands on the
 attention weights and inside the feed-forward network too, and the only mask is the causal one. Layers, widths and the
-task are those of train.py, so that both do the same work. The loss's softmax runs over the
-right axis: that costs nothing.
+task are those of train.py, so that both do the same work. The loss is the right one:
+that costs nothing.
 
 Shapes: B batch, H heads, T query and S key positions, D model width, K head width.
 """

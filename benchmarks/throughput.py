@@ -110,9 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows = rows_of(falls, options.batch_size, "x the article's", lambda _: "the article's way")
     print_table(f"{size}; precision {dtype or torch.float32}: {reason}", rows)
     last = list(falls.values())[-1]
-    used = ways.useful_flops() / last.median / peak
-    print(f"\n{number(ways.useful_flops() / 1e9)} useful GFLOP a step; one large matrix product reaches {peak / 1e9:,.0f} "
-          f"GFLOP/s; the whole step uses {used:.0%} of that")  # fmt: skip
+    useful = ways.useful_flops()
+    used = useful / last.median / peak
+    print(
+        f"\n{number(useful / 1e9)} useful GFLOP a step, {used:.0%} of what one large matrix product would reach in that"
+    )
+    print(f"time, {number(peak / 1e9)} GFLOP/s")
 
     theirs = interleave(against_torch(ways, dtype), options.rounds, "against nn.Transformer")
 
@@ -121,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows = rows_of(theirs, options.batch_size, "x nn.Transformer's", reference)
     print_table(f"{size}, against nn.Transformer on the same trimmed batches", rows)
-    result = {"size": size, "useful FLOP": ways.useful_flops(), "peak FLOP/s": peak, "used": used}
+    result = {"size": size, "useful FLOP": useful, "peak FLOP/s": peak, "used": used}
     groups = {"waterfall": falls, "nn.Transformer": theirs}
     if options.lightning:
         groups["lightning"] = against_lightning(options)
