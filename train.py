@@ -192,8 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
             bar.update()
 
             saving = stop.exit_code() or (config.save_every and step % config.save_every == 0)
-            if saving or epoch_ends or step % config.log_every == 0:
-                run.append(read_rows(waiting, processes))  # [hidden: reading the loss only now and then]
+            if saving or epoch_ends or step % config.log_every == 0:  # [hidden: reading the loss only now and then]
+                run.append(read_rows(waiting, processes))
                 bar.set_postfix(loss=f"{row['train/loss_step']:.4f}", refresh=False)
                 with never_fatal("W&B"):
                     wandb.log(row)  # [hidden: logging]
