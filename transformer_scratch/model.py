@@ -26,9 +26,8 @@ def positional_encoding(length: int, dim: int) -> Tensor:
 class Transformer(nn.Module):
     """Encoder, decoder and the projection to the vocabulary; batch first, int64 ids in, logits out.
 
-    tie_embeddings shares one weight matrix between both embeddings and the output projection (section 3.4).
-    That is what lets this small task generalise: a digit that the encoder read and the digit that the decoder writes
-    are then the same vector, and nothing has to learn ten times that they mean the same.
+    tie_embeddings shares one weight matrix between both embeddings and the output projection (section 3.4): a digit
+    that the encoder reads and the digit that the decoder writes are then the same vector.
 
     Positions are computed for max_len tokens and grow by themselves when a longer sequence comes.
     Raises ValueError when dim is not divisible by num_heads.

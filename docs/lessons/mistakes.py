@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from docs.lessons.small_training import exact, small_model, token_loss, train_small
+from docs.lessons.unseen_pairs import PyTorchStart
 from transformer_scratch.data import Batch, BatchSampler, PairDataset, Task, split_pairs
 from transformer_scratch.model import Transformer
 
 TASK = Task()
 SPLITS = split_pairs(TASK, holdout=0.2, seed=1)
 UNSEEN = [*SPLITS.val, *SPLITS.test]
+STEPS = 300
 
 
 @cache
 def right_model() -> tuple[Transformer, float]:
     """The model without any mistake, trained once for all lessons. -> model, last training loss."""
     model = small_model(TASK)
-    return model, train_small(model, TASK, SPLITS.train)
+    return model, train_small(model, TASK, SPLITS.train, STEPS)
 
 
 class PositionsAlongBatch(Transformer):
@@ -38,14 +40,14 @@ class PositionsAlongBatch(Transformer):
 
 def positions() -> None:
     faulty = small_model(TASK, kind=PositionsAlongBatch)
-    loss = train_small(faulty, TASK, SPLITS.train)
+    loss = train_small(faulty, TASK, SPLITS.train, STEPS)
     right, right_loss = right_model()
     question, swapped = torch.tensor([[11, 8, 4, 12]]), torch.tensor([[11, 4, 8, 12]])
     start = torch.tensor([[11]])
     with torch.inference_mode():
         changes = [(model(question, start) - model(swapped, start)).abs().max() for model in (right, faulty)]
     show("positions along the batch", "right", "faulty")
-    show("training loss after 300 steps", f"{right_loss:.3f}", f"{loss:.3f}")
+    show(f"training loss after {STEPS} steps", f"{right_loss:.3f}", f"{loss:.3f}")
     show("logits move when 8 4 becomes 4 8, by", f"{changes[0]:.2g}", f"{changes[1]:.2g}")
     show("trained pairs exact", *(f"{exact(model, TASK, SPLITS.train):.0%}" for model in (right, faulty)))
 
@@ -58,7 +60,7 @@ def softmax_along_time(model: Transformer, batch: Batch) -> Tensor:
 
 def softmax() -> None:
     faulty = small_model(TASK)
-    train_small(faulty, TASK, SPLITS.train, loss_of=softmax_along_time)
+    train_small(faulty, TASK, SPLITS.train, STEPS, loss_of=softmax_along_time)
     right, _ = right_model()
     data = PairDataset(TASK, SPLITS.train)
     batch = data[next(iter(BatchSampler(data, batch_size=80)))]
@@ -112,8 +114,8 @@ def evaluation() -> None:
 
 
 def leak() -> None:
-    model = small_model(TASK, tie_embeddings=False)  # a model that memorises, see lesson 3
-    train_small(model, TASK, SPLITS.train)
+    model = small_model(TASK, kind=PyTorchStart)  # it learns by heart, see lesson 3
+    train_small(model, TASK, SPLITS.train, STEPS)
     torch.manual_seed(0)
     leaky = [SPLITS.train[row] for row in torch.randint(len(SPLITS.train), (20,))]
     show("leaking splits", "right", "faulty")

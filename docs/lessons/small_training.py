@@ -25,7 +25,7 @@ def small_model(task: Task, seed: int = 1, kind: type[Transformer] = Transformer
 
 
 def train_small(
-    model: Transformer, task: Task, pairs: list[Pair], steps: int = 300, loss_of: Callable = token_loss, seed: int = 1
+    model: Transformer, task: Task, pairs: list[Pair], steps: int, loss_of: Callable = token_loss, seed: int = 1
 ) -> float:
     """Train in place, in batches of 128 drawn from the pairs. -> the mean loss of the last 20 steps."""
     torch.manual_seed(seed)
