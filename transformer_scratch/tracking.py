@@ -30,11 +30,12 @@ def never_fatal(name: str) -> Iterator[None]:
 
 
 def choose_mode(requested: str) -> tuple[str, str]:
-    """-> online, offline or disabled, and why. Never asks for a login."""
-    if requested != "auto":
-        return requested, "as asked"
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"], "WANDB_MODE is set"
+    """-> online, offline or disabled, and why. Never asks for a login, not even where online is asked for."""
+    mode, reason = requested, "as asked"
+    if mode == "auto" and os.environ.get("WANDB_MODE"):
+        mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE is set"
+    if mode not in ("auto", "online"):
+        return mode, reason
     with never_fatal("the W&B login"):
         if wandb.login(prompt=False, verify=False):
             return "online", "you are logged in"
