@@ -1,0 +1,203 @@
+"""W&B: what an offline run holds, that nothing ever asks for a login, and that a dead logger stops no training."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from conftest import PROJECT, TINY
+from metrics import read_metrics
+
+from transformer_scratch import tracking
+from transformer_scratch.config import Config
+
+FLAGS = [*TINY, "--max-epochs", "2", "--log-every", "3", "--debug", "--wandb-project", "lab", "--run-dir", "run"]
+
+
+def without_account(home: Path) -> dict[str, str]:
+    """The environment of a user who has never heard of W&B."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**kept, "HOME": str(home), "WANDB_ERROR_REPORTING": "false"}
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory) -> SimpleNamespace:
+    """A training on a terminal (where a login prompt could appear), without an account, from a copy of the project."""
+    folder = tmp_path_factory.mktemp("offline")
+    shutil.copy(PROJECT / "train.py", folder)
+    shutil.copytree(PROJECT / "transformer_scratch", folder / "transformer_scratch")
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *FLAGS],
+        cwd=folder, env=without_account(folder), stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+    )  # fmt: skip
+    os.close(inside)
+    output = b""
+    while b"API key:" not in output:
+        try:
+            output += os.read(terminal, 65536)
+        except OSError:  # the process has closed its side
+            break
+    else:
+        process.kill()
+        pytest.fail(f"it asks for a login:\n{output.decode()}")
+    os.close(terminal)
+
+    tracked = next((folder / "run/wandb").glob("offline-run-*"))
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", tracked]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records: dict[str, list] = {}
+    for record in map(json.loads, lines):
+        records.setdefault(record["type"], []).append(record.get(record["type"]))
+    return SimpleNamespace(
+        exit_code=process.wait(), output=output.decode(), folder=folder, tracked=tracked, records=records
+    )
+
+
+def test_without_a_key_it_runs_offline_and_says_how_to_look(offline):
+    assert offline.exit_code == 0
+    lines = offline.output.split("\r\n")
+    (index,) = [number for number, line in enumerate(lines) if line.startswith("wandb ")]
+    assert "offline (no API key; `wandb login` once to go online)" in lines[index]
+    where = offline.tracked.relative_to(offline.folder)
+    assert lines[index + 1].strip() == f"look at it: wandb leet {where}"
+    assert lines[index + 2].strip() == f"upload it:  wandb sync {where}"
+
+
+def test_project_name_tags_and_settings(offline):
+    (run,) = offline.records["run"]
+    assert (run["project"], run["display_name"]) == ("lab", "sn-data-320-head1-dim16-lr0.00252")
+    assert run["tags"] == ["debug"]
+    saved = json.loads((offline.folder / "run/config.json").read_text())
+    settings = {name: value for name, value in run["config"]["update"].items() if name != "_wandb"}
+    assert settings == saved, "all settings, so that runs can be filtered by any"
+
+
+def test_the_code_is_saved(offline):
+    assert (offline.tracked / "files/code/train.py").read_text() == (PROJECT / "train.py").read_text()
+
+
+def test_losses_of_every_split_per_step_and_per_epoch(offline):
+    history = [row["item"] for row in offline.records["history"]]
+    rows = read_metrics(offline.folder / "run")
+
+    def logged(key: str) -> dict[int, float]:
+        return {row["step"]: row[key] for row in history if key in row}
+
+    def written(key: str) -> dict[int, float]:
+        return {row["step"]: row[key] for row in rows if key in row}
+
+    steps = [*range(3, 20, 3), 10, 20]  # every --log-every steps and at the end of each epoch
+    for key in ("train/loss_step", "lr", "grad_norm"):
+        assert logged(key) == {step: written(key)[step] for step in sorted(steps)}
+    for key in ("train/loss_epoch", "val/loss_epoch", "val/exact_match", "test/loss_epoch", "test/exact_match"):
+        assert logged(key) == written(key) and written(key)
+    for split, count in (("val", 2), ("test", 1)):
+        losses = [row[f"{split}/loss_step"] for row in history if f"{split}/loss_step" in row]
+        assert losses == pytest.approx(list(written(f"{split}/loss_epoch").values())), "one batch each here"
+        assert len(losses) == count
+
+
+def test_the_end_is_announced(offline):
+    (alert,) = offline.records["alert"]
+    exact = read_metrics(offline.folder / "run")[-1]["test/exact_match"]
+    assert alert["title"] == "Training has ended" and f"{exact:.1%}" in alert["text"]
+    assert offline.records["exit"][0].get("exit_code", 0) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- which mode
+
+
+@pytest.fixture
+def no_prompt(monkeypatch):
+    """What wandb.login is asked, and what it finds."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracking.broken.clear()
+
+    def answer(found) -> None:
+        def login(prompt, verify):
+            assert prompt is False
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(wandb, "login", login)
+
+    return answer
+
+
+@pytest.mark.parametrize("requested", ["auto", "online"])
+def test_online_only_with_a_key(no_prompt, requested, capsys):
+    no_prompt(True)
+    assert tracking.choose_mode(requested) == ("online", "you are logged in")
+    no_prompt(False)
+    assert tracking.choose_mode(requested)[0] == "offline"
+    no_prompt(ValueError("API key must be 40 characters long"))
+    assert tracking.choose_mode(requested) == ("offline", "the API key was not accepted")
+    assert "40 characters" in capsys.readouterr().err
+
+
+def test_offline_and_disabled_need_no_login(no_prompt, monkeypatch):
+    no_prompt(AssertionError("nobody asked for it"))
+    assert tracking.choose_mode("offline") == ("offline", "as asked")
+    assert tracking.choose_mode("disabled") == ("disabled", "as asked")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert tracking.choose_mode("auto") == ("disabled", "WANDB_MODE is set")
+    assert tracking.choose_mode("offline") == ("offline", "as asked"), "a flag beats the environment"
+
+
+def test_disabled_leaves_nothing_of_wandb(train):
+    run = train(*TINY, "--max-epochs", 1)
+    assert not (run / "wandb").exists() and not Path("wandb").exists()
+
+
+# --------------------------------------------------------------------------------------------------- a logger that dies
+
+
+@pytest.mark.parametrize("function", ["log", "init", "alert", "finish", "define_metric"])
+def test_a_dead_logger_changes_nothing(train, monkeypatch, capsys, function):
+    healthy = train(*TINY)
+    capsys.readouterr()
+
+    def dead(*arguments, **options):
+        raise ConnectionResetError("the service is gone")
+
+    init = wandb.init
+    tracking.broken.clear()
+    with monkeypatch.context() as patch:
+
+        def init_and_die(**arguments):
+            init(**arguments)  # which sets wandb.log and others anew
+            patch.setattr(wandb, function, dead)
+
+        patch.setattr(wandb, "init", dead if function == "init" else init_and_die)
+        run = train(*TINY)
+    assert read_metrics(run) == read_metrics(healthy)
+    output = capsys.readouterr()
+    assert output.err.count("W&B failed (ConnectionResetError: the service is gone); training goes on") == 1
+    assert "exact match" in output.out and "best.pt" in output.out
+    wandb.finish()
+
+
+def test_a_server_that_does_not_answer_means_offline(monkeypatch, tmp_path):
+    init, asked = wandb.init, []
+
+    def unreachable(mode, **arguments):
+        asked.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("run initialization has timed out")
+        return init(mode="disabled", **arguments)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setattr(tracking, "choose_mode", lambda requested: ("online", "you are logged in"))
+    run = SimpleNamespace(path=tmp_path, is_main=True, wandb_id=None)
+    line = tracking.start_wandb(Config(lr=0.1), run)
+    assert asked == ["online", "offline"]
+    assert line.startswith("offline (W&B did not answer: run initialization has timed out)")
+    wandb.finish()
