@@ -1,7 +1,7 @@
 """Shared by all tests: they run on one thread, without W&B, and never leave a file in the project.
 
-Tests that need comparison/requirements.txt (Lightning) are called test_comparison*.py and carry the marker
-`comparison`. Without Lightning they are left out, which the last line says; with REQUIRE_COMPARISON=1 that is an error.
+Tests that need comparison/requirements.txt (Lightning) stand in test_comparison*.py or carry the marker `comparison`.
+Without Lightning they are left out, which the last line says; with REQUIRE_COMPARISON=1 that is an error.
 """
 
 import importlib.util
@@ -35,6 +35,13 @@ def pytest_configure(config):
         raise pytest.UsageError(
             "REQUIRE_COMPARISON=1, but Lightning is not installed: pip install -r comparison/requirements.txt"
         )
+
+
+def pytest_collection_modifyitems(config, items):
+    if without_comparison:
+        left_out = [item for item in items if item.get_closest_marker("comparison")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_terminal_summary(terminalreporter):
