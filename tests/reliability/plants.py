@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import BinaryIO
 import torch
 
 import train
-from transformer_scratch import checkpoint, run_folder
+from transformer_scratch import checkpoint, data, run_folder
 
 
 def chain(*plants: Callable[[], None]) -> Callable[[], None]:
@@ -128,3 +129,91 @@ def kill_in_metrics(number: int) -> None:
         kill()
 
     run_folder.RunFolder.append = killed_append
+
+
+def signal_in_validation(number: int) -> None:
+    """Send this process a signal while it validates the first epoch."""
+    original = train.predict
+
+    def predict(*arguments: object) -> list:
+        os.kill(os.getpid(), number)
+        train.predict = original
+        return original(*arguments)
+
+    train.predict = predict
+
+
+def signal_in_save(number: int, times: int = 1) -> None:
+    """Send this process a signal while it writes the state at the end of the first epoch."""
+    calls, save = iter(range(1, 10**6)), torch.save
+
+    def interrupted_save(content: dict, file: BinaryIO) -> None:
+        if file.name.rsplit(".", 2)[0].endswith("last.pt") and next(calls) == 2:
+            file.write(b"half")
+            file.flush()
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+            file.seek(0)
+        save(content, file)
+
+    torch.save = interrupted_save
+
+
+def raise_at_step(step: int, error: BaseException) -> None:
+    """Let the gradients of an update (from 1) raise."""
+    original, calls = torch.nn.utils.clip_grad_norm_, iter(range(1, 10**6))
+
+    def clip_grad_norm_(*arguments: object) -> torch.Tensor:
+        if next(calls) == step:
+            raise error
+        return original(*arguments)
+
+    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+
+
+def bad_number_at_batch(batch: int, number: float) -> None:
+    """Make the loss of a batch (from 1) NaN or infinite."""
+    original, calls = train.F.cross_entropy, iter(range(1, 10**6))
+
+    def cross_entropy(*arguments: object, **others: object) -> torch.Tensor:
+        loss = original(*arguments, **others)
+        return loss * number if next(calls) == batch else loss
+
+    train.F.cross_entropy = cross_entropy
+
+
+def raise_in_dataset(batch: int) -> None:
+    """Let the dataset raise when it fetches a batch (from 1)."""
+    calls, fetch = iter(range(1, 10**6)), data.PairDataset.__getitem__
+
+    def failing(dataset: data.PairDataset, item: tuple) -> data.Batch:
+        if next(calls) == batch:
+            raise ValueError("a damaged sample")
+        return fetch(dataset, item)
+
+    data.PairDataset.__getitem__ = failing
+
+
+def kill_a_worker() -> None:
+    """Kill the worker that prepares the fourth batch."""
+    fetch, main = data.PairDataset.__getitem__, os.getpid()
+    calls = iter(range(1, 10**6))
+
+    def killed(dataset: data.PairDataset, item: tuple) -> data.Batch:
+        if os.getpid() != main and next(calls) == 2:
+            kill()
+        return fetch(dataset, item)
+
+    data.PairDataset.__getitem__ = killed
+
+
+def little_memory() -> None:
+    """Let this process have a little more address space than it has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + 2**28
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def small_files(size: int) -> None:
+    """No file of this process may grow beyond a size, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -37,6 +37,7 @@ class Training(forkserver.Process):
         from transformer_scratch.errors import exit_codes
 
         torch.set_num_threads(1)
+        multiprocessing.set_start_method("fork", force=True)  # for data workers: they inherit what is planted
         os.chdir(self.folder)
         sys.argv = ["train.py", *self.flags]
         descriptor = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
