@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import wandb
 
-from transformer_scratch import tracking
+from transformer_scratch import plots, tracking
 from transformer_scratch.data import Task, split_pairs
 
 
@@ -81,13 +81,15 @@ def test_the_best_weights_go_up_only_online(offline, disabled, expected, monkeyp
 
     from transformer_scratch.model import Transformer
 
-    artifacts = []
+    artifacts, drawn = [], []
     monkeypatch.setattr(wandb, "run", SimpleNamespace(offline=offline, disabled=disabled, id="abc"))
     monkeypatch.setattr(wandb, "log", lambda row: None)
+    monkeypatch.setattr(plots, "draw_run", lambda *_: dict.fromkeys(("answers", "attention_cross", "attention_self")))
+    monkeypatch.setattr(plots, "save_figures", lambda figures, folder: drawn.extend(figures) or [])
     monkeypatch.setattr(wandb, "log_artifact", lambda file, **options: artifacts.append((file, options)))
     task = Task()
     torch.manual_seed(0)
     model = Transformer(vocab_size=14, dim=16, num_layers=1).eval()
     tracking.log_results(SimpleNamespace(path=tmp_path), model, task, split_pairs(task, 0.2, 1))
     assert artifacts == [(tmp_path / "best.pt", {"name": "best-abc", "type": "model"})] * expected
-    assert (tmp_path / "pictures").exists() != disabled  # nothing is drawn for nobody
+    assert bool(drawn) != disabled  # nothing is drawn for nobody
