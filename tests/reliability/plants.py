@@ -72,9 +72,10 @@ def kill_in_save(moment: str, number: int) -> None:
     due = lambda path: str(path).endswith("last.pt") and next(calls) == number  # noqa: E731
     save, link, replace = torch.save, checkpoint.link, os.replace
 
-    def killed_save(content: dict, file: BinaryIO) -> None:
-        if not due(file.name.rsplit(".", 2)[0]):  # last.pt.<pid>.tmp
-            return save(content, file)
+    def killed_save(content: dict, file: BinaryIO, **others: object) -> None:
+        # Tensors that travel between processes are saved to memory.
+        if isinstance(file, io.BytesIO) or not due(file.name.rsplit(".", 2)[0]):  # last.pt.<pid>.tmp
+            return save(content, file, **others)
         if moment == "half written":
             whole = io.BytesIO()
             save(content, whole)
@@ -217,3 +218,8 @@ def little_memory() -> None:
 def small_files(size: int) -> None:
     """No file of this process may grow beyond a size, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def in_float64() -> None:
+    """Compute with so many digits that only the order of sums remains as a difference, at the fifteenth of them."""
+    torch.set_default_dtype(torch.float64)

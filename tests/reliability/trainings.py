@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,9 +26,12 @@ forkserver.set_forkserver_preload(["train", "torch._dynamo", "pytest"])  # torch
 class Training(forkserver.Process):
     """A training in a folder, the current one if none is given. Its output goes to a file there."""
 
-    def __init__(self, flags: Sequence[str], plant: Callable[[], None] | None = None, folder: Path | None = None):
+    def __init__(
+        self, flags: Sequence[str], plant: Callable[[], None] | None = None, folder: Path | None = None,
+        **environment: object,
+    ):  # fmt: skip
         super().__init__()
-        self.flags, self.plant, self.folder = list(flags), plant, folder or Path.cwd()
+        self.flags, self.plant, self.folder, self.environment = list(flags), plant, folder or Path.cwd(), environment
         self.output = self.folder / f"output-{uuid.uuid4().hex}.txt"
 
     def run(self) -> None:
@@ -39,6 +43,7 @@ class Training(forkserver.Process):
         torch.set_num_threads(1)
         multiprocessing.set_start_method("fork", force=True)  # for data workers: they inherit what is planted
         os.chdir(self.folder)
+        os.environ.update({name: str(value) for name, value in self.environment.items()})
         sys.argv = ["train.py", *self.flags]
         descriptor = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
@@ -70,3 +75,24 @@ def fingerprint(folder: Path) -> dict:
         for key in [key for key in line if "per_second" in key]:
             del line[key]  # the clock is not reproducible
     return {**prints, "metrics": lines}
+
+
+def start_two(
+    flags: Sequence[str], plants: Sequence = (None, None), folders: Sequence = (None, None)
+) -> list[Training]:
+    """Start two processes that train together, as torchrun would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    trainings = []
+    for rank in range(2):
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        trainings.append(Training(flags, plants[rank], folders[rank], **environment))
+        trainings[-1].start()
+    return trainings
