@@ -11,6 +11,7 @@ from benchmarks import decode, scaling, startup, throughput
 from benchmarks.article_baseline import ArticleTransformer, article_loader
 from benchmarks.measure import Timing, interleave
 from benchmarks.ways import Ways, packed_loss, padded_loss
+from transformer_scratch.attention import padding_mask
 from transformer_scratch.data import PairDataset, Task, make_loader
 from transformer_scratch.model import Transformer
 
@@ -163,6 +164,21 @@ def test_packing_with_the_fused_kernel_too():
     padded = model(batch.source, batch.decoder_input).flatten(0, 1)[batch.tokens]
     packed = model(batch.source, batch.decoder_input, batch.tokens)
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_that_hides_nothing_is_left_out(monkeypatch):
+    """To the last bit, gradients too."""
+    batch, results = make_batch(), []
+    assert make_model().source_mask(batch.source) is None, "four tokens each, cut to their longest"
+    padded = torch.nn.functional.pad(batch.source, (0, 2), value=TASK.pad_id)
+    assert make_model().source_mask(padded).shape == (100, 1, 1, 6)
+    for mask in (Transformer.source_mask, lambda model, source: padding_mask(source, model.pad_id)):
+        monkeypatch.setattr(Transformer, "source_mask", mask)
+        model = make_model()
+        loss = train.token_loss(model, batch)
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
 
 
 def test_the_loader_counts_the_tokens_of_every_batch():

@@ -63,8 +63,8 @@ class EncoderBlock(nn.Module):
         self.feed_forward = FeedForward(dim, ffn_dim)
         self.feed_forward_norm = AddAndNorm(dim, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: (B, S, D), mask: (B, 1, 1, S) -> (B, S, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B, S, D), mask: (B, 1, 1, S), None hides nothing -> (B, S, D)."""
         x = self.self_attention_norm(x, self.self_attention(x, x, mask))
         return self.feed_forward_norm(x, self.feed_forward(x))
 

@@ -81,9 +81,17 @@ class Transformer(nn.Module):
             self.positions = positional_encoding(2 * end, self.dim).to(self.positions)
         return self.dropout(embedding(ids) * math.sqrt(self.dim) + self.positions[start:end])
 
+    def source_mask(self, source: Tensor) -> Tensor | None:
+        """source: (B, S) ids -> (B, 1, 1, S) bool, or None where nothing is padding, so that there is nothing to hide.
+
+        Only a CPU is asked that: a GPU's answer would have to be waited for.
+        """
+        mask = padding_mask(source, self.pad_id)
+        return None if mask.device.type == "cpu" and mask.all() else mask
+
     def encode(self, source: Tensor) -> Tensor:
         """source: (B, S) ids -> memory: (B, S, D). Padding is masked as a key."""
-        mask = padding_mask(source, self.pad_id)  # (B, 1, 1, S)
+        mask = self.source_mask(source)
         x = self.embed(source, self.source_embedding)
         for block in self.encoder:
             x = block(x, mask)
@@ -126,4 +134,4 @@ class Transformer(nn.Module):
         tokens: (N,) int64, which of the B * T positions are wanted -> (N, V). The others must be padding or come after
         what is wanted in their row: then leaving them out changes nothing, and they cost next to nothing.
         """
-        return self.decode(decoder_input, self.encode(source), padding_mask(source, self.pad_id), tokens)
+        return self.decode(decoder_input, self.encode(source), self.source_mask(source), tokens)
