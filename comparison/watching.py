@@ -2,16 +2,13 @@
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -41,7 +38,6 @@ class Observed:
     resume_step: int | None = None  # where --resume would go on
     epochs_kept: list[str] = field(default_factory=list)
     best_epoch: int | None = None
-    step_ms: float | None = None
 
 
 def observe(source: str, flags: list[str], on_meta: bool = False) -> Observed:
@@ -55,7 +51,7 @@ def observe(source: str, flags: list[str], on_meta: bool = False) -> Observed:
         spec = importlib.util.spec_from_file_location("train_without", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        clock = look_on(module, seen)
+        look_on(module, seen)
         if on_meta:
             move_to_meta(module, stack)
         nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -70,14 +66,12 @@ def observe(source: str, flags: list[str], on_meta: bool = False) -> Observed:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         read_folder(run, seen)
-    if len(clock) > 20:
-        seen.step_ms = statistics.median(b - a for a, b in itertools.pairwise(clock[5:])) * 1e3
     return seen
 
 
-def look_on(module: ModuleType, seen: Observed) -> list[float]:
-    """Put observers in the place of names that train.py uses. -> the times at which batches were begun."""
-    token_loss, read_rows, clock = module.token_loss, module.read_rows, []
+def look_on(module: ModuleType, seen: Observed) -> None:
+    """Put observers in the place of names that train.py uses."""
+    token_loss, read_rows = module.token_loss, module.read_rows
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         seen.kept_bytes += tensor.nbytes
@@ -87,7 +81,6 @@ def look_on(module: ModuleType, seen: Observed) -> list[float]:
         if sys._getframe(1).f_code.co_name == "evaluate":
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 return token_loss(network, batch)
-        clock.append(time.perf_counter())
         loss = token_loss(network, batch)
         seen.batches += 1
         return loss
@@ -112,7 +105,6 @@ def look_on(module: ModuleType, seen: Observed) -> list[float]:
     module.token_loss, module.read_rows = watched_loss, watched_rows
     module.DistributedDataParallel = watched_parallel
     module.wandb = SimpleNamespace(log=log, alert=nothing, finish=nothing)
-    return clock
 
 
 def move_to_meta(module: ModuleType, stack: contextlib.ExitStack) -> None:
