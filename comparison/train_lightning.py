@@ -125,8 +125,8 @@ def main(
         gradient_clip_val=config.clip_norm,
         log_every_n_steps=config.log_every,
         logger=WandbLogger(
-            name=run_name(config), project=config.wandb_project, save_dir=folder, save_code=True,
-            tags=["debug" if config.debug else "run"], mode=choose_mode(config.wandb)[0],
+            name=run_name(config), group=run_name(config), project=config.wandb_project, save_dir=folder,
+            save_code=True, tags=["debug" if config.debug else "run"], mode=choose_mode(config.wandb)[0],
         ),
         callbacks=[
             ModelCheckpoint(folder, "{epoch}", monitor="val/loss_epoch", save_top_k=config.save_top_k),
