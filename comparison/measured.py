@@ -1,6 +1,6 @@
 """Runs train.py or its twin with a stopwatch beside it; nothing in either program knows of it.
 
-    python -m comparison.measured plain|lightning <json file> <steps> <log every> <start time> [training flags]
+    python -m comparison.measured plain|lightning|unrecorded FILE.json STEPS LOG_EVERY START_TIME [training flags]
 
 The clock is read after every optimizer step. What both programs call alike to compute (fetching a batch, the model, its
 loss, backward, clipping, AdamW's arithmetic) is timed on its own; the rest of a step is what its loop costs.
@@ -102,13 +102,14 @@ def main() -> None:
     os.dup2(output.fileno(), 2)
     interval = 0.2 if screen.isatty() else 10.0
     bar = tqdm(
-        total=int(steps), desc=f"{which:<9}", unit="step", file=screen, mininterval=interval, disable=not is_main
+        total=int(steps), desc=f"{which:<10}", unit="step", file=screen, mininterval=interval, disable=not is_main
     )
 
-    program = {"plain": "train", "lightning": "comparison.train_lightning"}[which]
+    program = "train" if which == "plain" else "comparison.train_lightning"
+    named = {"callbacks": ()} if which == "unrecorded" else {}  # nothing written down for the comparison's sake
     watch = Stopwatch(program.split(".")[-1], bar)
     with contextlib.closing(bar):
-        importlib.import_module(program).main(flags)
+        importlib.import_module(program).main(flags, **named)
     if is_main:
         first_update = watch.readings[0][0] - time.perf_counter() + time.time()
         results = {

@@ -1,0 +1,163 @@
+"""Tags, table and page tell the truth; and in a real browser the page lights up both sides."""
+
+import importlib.util
+import json
+import math
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+
+from comparison import hidden, page
+from comparison.hidden import HIDDEN, line_of, table
+from comparison.parity import Parity
+from comparison.without import tags
+
+pytestmark = pytest.mark.comparison
+README = (PROJECT / "comparison/README.md").read_text()
+SOURCE = (PROJECT / "train.py").read_text()
+
+
+def example(folder: Path) -> Path:
+    losses = [(3 * math.exp(-step / 80), 3 * math.exp(-step / 80)) for step in range(300)]
+    parity = Parity(losses, {}, skipped=0, max_loss_difference=0.0, weights_equal=True)
+    return page.write_page(folder, parity, [("milliseconds a step", "10.25", "14.50")])
+
+
+def test_every_tag_is_explained_in_the_order_of_the_loop():
+    assert [step.tag for step in HIDDEN] == tags(SOURCE)
+    assert all(SOURCE.count(f"[hidden: {step.tag}]") == 1 for step in HIDDEN)
+
+
+def test_the_readme_has_the_table_as_it_is_printed():
+    assert table() in README
+
+
+@pytest.mark.parametrize("step", HIDDEN, ids=lambda step: step.tag)
+def test_lightning_has_the_function_that_is_named(step):
+    file, name = step.where.split(":")
+    package, _, rest = file.partition("/")
+    text = (Path(importlib.util.find_spec(package).submodule_search_locations[0]) / rest).read_text()
+    assert re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE)
+
+
+def test_a_missing_tag_or_twin_line_is_noticed(monkeypatch):
+    with pytest.raises(ValueError, match="no line with the tag"):
+        line_of(SOURCE, "nothing")
+    monkeypatch.setattr(page, "HIDDEN", [hidden.Hidden("seeding", "", "", "no such text", "")])
+    with pytest.raises(ValueError, match="no line with 'no such text'"):
+        page.twin_tags("a = 1\n")
+
+
+def test_links_in_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert links and all((PROJECT / "comparison" / link).exists() for link in links)
+
+
+def test_the_page_is_one_file_and_holds_all(tmp_path):
+    html = example(tmp_path).read_text()
+    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://""", html)
+    assert "max |loss difference| = 0.0, weights equal = True, steps = 300" in html
+    assert "10.25" in html and "14.50" in html
+    steps = json.loads(re.search(r"const steps = (\{.*\});", html).group(1))
+    assert list(steps) == [step.tag for step in HIDDEN] and all(all(step.values()) for step in steps.values())
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium, steered through its driver."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ]  # fmt: skip
+    for flag in flags:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver", port=port))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def shown(browser, tmp_path):
+    """The page, opened at the size of a projector. -> the browser."""
+    browser.set_window_size(1600, 1000)
+    browser.get(example(tmp_path).as_uri())
+    yield browser
+    assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
+
+
+LIT = """return [...document.querySelectorAll('#' + arguments[0] + ' .lit')].map(row => row.dataset.tags)"""
+
+
+def lit(browser, side: str) -> list[str]:
+    return browser.execute_script(LIT, side)
+
+
+@pytest.mark.browser
+def test_a_click_lights_both_sides_and_explains(shown):
+    buttons = shown.find_elements("css selector", ".tags button")
+    assert [button.text for button in buttons] == [step.tag for step in HIDDEN]
+    for button, step in zip(buttons, HIDDEN, strict=True):
+        button.click()
+        assert lit(shown, "ours") == [step.tag]
+        assert lit(shown, "theirs") and all(step.tag in tags.split("|") for tags in lit(shown, "theirs"))
+        assert button.get_attribute("aria-pressed") == "true"
+        assert step.lightning in shown.find_element("id", "lightning").text
+        assert shown.find_element("id", "without").text
+        visible = "const r = document.querySelector('#ours .lit').getBoundingClientRect(), p = document.querySelector("
+        visible += "'#ours').getBoundingClientRect(); return r.top >= p.top && r.bottom <= p.bottom"
+        assert shown.execute_script(visible), step.tag
+
+
+@pytest.mark.browser
+def test_pointing_at_a_line_lights_the_other_side(shown):
+    from selenium.webdriver import ActionChains
+
+    row = shown.find_element("css selector", '#ours [data-tags="zero_grad"]')
+    shown.execute_script("arguments[0].scrollIntoView({block: 'center'})", row)
+    ActionChains(shown).move_to_element_with_offset(row, -100, 0).perform()
+    assert lit(shown, "ours") == ["zero_grad"] and any("zero_grad" in tags for tags in lit(shown, "theirs"))
+
+
+@pytest.mark.browser
+def test_the_keyboard_is_enough(shown):
+    from selenium.webdriver import ActionChains, Keys
+
+    for step in HIDDEN[:3]:
+        ActionChains(shown).send_keys(Keys.TAB).perform()
+        assert shown.switch_to.active_element.text == step.tag
+        assert lit(shown, "ours") == [step.tag]
+        outline = shown.switch_to.active_element.value_of_css_property("outline-style")
+        assert outline == "solid"
+
+
+BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
+
+
+@pytest.mark.browser
+def test_light_and_dark_and_a_phone(shown):
+    backgrounds = []
+    for scheme in ("light", "dark"):
+        shown.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        backgrounds.append(sum(map(int, re.findall(r"\d+", shown.execute_script(BACKGROUND))[:3])))
+    assert backgrounds[0] > 650 > 200 > backgrounds[1]
+
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    shown.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    assert shown.execute_script("return document.documentElement.scrollWidth") <= 390  # nothing to scroll sideways
+    tops = [shown.find_element("id", side).rect["y"] for side in ("ours", "theirs")]
+    assert tops[1] > tops[0] + 200  # one below the other
+    shown.find_element("css selector", ".tags button").click()
+    assert lit(shown, "ours") and lit(shown, "theirs")
+    shown.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
