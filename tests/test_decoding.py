@@ -62,13 +62,18 @@ def test_batches_and_dropped_rows_change_no_answer(model, slow_answers, batch_si
     assert [prediction.pair for prediction in predictions] == PAIRS
 
 
-def test_a_source_with_padding_beside_longer_ones(model):
-    """Rows of different lengths in one batch: each is decoded as alone."""
-    longer = torch.tensor([[TASK.start_id, 1, 2, 3, 4, 5, TASK.end_id]])
-    padded = torch.tensor([[TASK.start_id, 8, 4, TASK.end_id, 13, 13, 13]])
-    together = greedy_decode(model, torch.cat([longer, padded]), 11, 12, 15)
-    assert torch.equal(together[1:], greedy_decode(model, padded[:, :4], 11, 12, 15))
-    assert torch.equal(together[:1], greedy_decode(model, longer, 11, 12, 15))
+def test_sources_of_many_lengths_in_one_batch(model):
+    """Each is decoded as if it were alone, also after others have finished and left the batch."""
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 10, (60,)).tolist()
+    alone = [
+        torch.cat([torch.tensor([11]), torch.randint(10, (length - 2,)), torch.tensor([12])]) for length in lengths
+    ]
+    together = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True, padding_value=TASK.pad_id)
+    decoded = greedy_decode(model, together, 11, 12, 15)
+    assert len((decoded != TASK.pad_id).sum(dim=1).unique()) > 3, "they finish at different times"
+    for source, answer in zip(alone, decoded, strict=True):
+        assert torch.equal(greedy_decode(model, source[None], 11, 12, 15)[0], answer)
 
 
 def test_logits_step_by_step_equal_those_of_the_whole_prefix(model):

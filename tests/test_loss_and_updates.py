@@ -50,19 +50,25 @@ def test_the_loss_by_hand():
 
 
 def test_the_reported_losses_are_token_means(train):
-    """The epoch's means weigh each update by its tokens, and validation and test are what the weights really give."""
-    run = train(*SMALL, "--num-datas", 100, "--batch-size", 16, "--max-epochs", 1)
+    """The epoch's means weigh each update by its tokens; validation and test are what the weights really give, the test
+    with the best weights. The rising learning rate makes the first epoch the best."""
+    run = train(*SMALL, "--num-datas", 100, "--batch-size", 16, "--max-epochs", 2, "--lr", 20, "--warmup-steps", 100)
     rows = read_metrics(run)
+    epochs = [row for row in rows if "val/loss_epoch" in row]
     data = make_datasets(TASK, split_pairs(TASK, 0.2, 7), 100, seed=7)[0]
-    tokens = [update_tokens for _, update_tokens in BatchSampler(data, 16, shuffle=True, seed=7)]
-    assert len(set(tokens)) > 1
-    mean = sum(loss * n for loss, n in zip(step_losses(run), tokens, strict=True)) / sum(tokens)
-    assert rows[-2]["train/loss_epoch"] == pytest.approx(mean, rel=1e-6)
+    sampler = BatchSampler(data, 16, shuffle=True, seed=7)
+    for epoch, losses in enumerate((step_losses(run)[:6], step_losses(run)[6:])):
+        sampler.set_epoch(epoch)
+        tokens = [update_tokens for _, update_tokens in sampler]
+        assert len(set(tokens)) > 1
+        mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
+        assert epochs[epoch]["train/loss_epoch"] == pytest.approx(mean, rel=1e-6)
 
+    assert epochs[0]["val/loss_epoch"] < epochs[1]["val/loss_epoch"]
     model = first_model().eval()
     model.load_state_dict(load_checkpoint(run / "best.pt")["model"])
     splits = split_pairs(TASK, 0.2, 7)
-    for split, pairs, row in (("val", splits.val, rows[-2]), ("test", splits.test, rows[-1])):
+    for split, pairs, row in (("val", splits.val, epochs[0]), ("test", splits.test, rows[-1])):
         whole = PairDataset(TASK, pairs)
         with torch.no_grad():
             expected = loss_by_hand(model(whole.source, whole.target[:, :-1]), whole.target[:, 1:])
