@@ -56,7 +56,7 @@ HIDDEN = [
     Hidden(
         "batch to the device", "moves every tensor it finds in the batch, through lists, tuples and dicts",
         "lightning_fabric/utilities/apply_func.py:move_data_to_device", "def training_step",
-        "stops at the first batch: `Tensor on device cpu is not on the expected device`",
+        "stops at the first batch: its tensors are not where the weights are",
     ),
     Hidden(
         "no_sync", "no exchange between processes until the update is due",
