@@ -21,11 +21,13 @@ from transformer_scratch.data import BatchSampler
 
 pytestmark = pytest.mark.comparison
 
-SMALL = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas", "320", "--max-epochs", "3"]
+SMALL = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas", "192", "--max-epochs", "3"]
 FP16_OVERFLOW = [
     "--amp", "fp16", "--dim", "64", "--batch-size", "1", "--num-datas", "40", "--lr", "0.02", "--warmup-steps", "60",
     "--max-epochs", "2",
 ]  # fmt: skip
+
+OVERSHOOTS = ["--lr", "8", "--warmup-steps", "100", "--num-datas", "320"]  # so that the last epoch is not the best
 
 # Every configuration in which the two have to agree, over three epochs. The batch size divides the data or does not.
 MATRIX = {
@@ -33,13 +35,13 @@ MATRIX = {
     "bf16": ["--amp", "bf16"],
     "fp16": ["--amp", "fp16"],
     "fp16 with skipped updates": FP16_OVERFLOW,
-    "fp16, accumulation, clipping": ["--amp", "fp16", "--accumulate", "2", "--clip-norm", "0.1", "--num-datas", "352"],
+    "fp16, accumulation, clipping": ["--amp", "fp16", "--accumulate", "2", "--clip-norm", "0.1", "--num-datas", "224"],
     "bf16, accumulation": ["--amp", "bf16", "--accumulate", "4"],
     "accumulation of 2": ["--accumulate", "2"],
-    "accumulation of 4": ["--accumulate", "4", "--num-datas", "512"],
+    "accumulation of 4": ["--accumulate", "4", "--num-datas", "256"],
     "clipping": ["--clip-norm", "0.05"],
     "no clipping": ["--clip-norm", "0"],
-    "accumulation, clipping, a short last window": ["--accumulate", "4", "--clip-norm", "0.1", "--num-datas", "352"],
+    "accumulation, clipping, a short last window": ["--accumulate", "4", "--clip-norm", "0.1", "--num-datas", "224"],
     "warm-up": ["--warmup-steps", "15"],
     "no warm-up, no weight decay": ["--warmup-steps", "0", "--weight-decay", "0"],
     "much dropout": ["--dropout", "0.5"],
@@ -47,9 +49,9 @@ MATRIX = {
     "embeddings of their own": ["--no-tie-embeddings"],
     "embeddings of their own, bf16": ["--no-tie-embeddings", "--amp", "bf16"],
     "workers": ["--num-workers", "2", "--max-epochs", "2"],
-    "nothing held out": ["--holdout", "0", "--max-epochs", "2", "--batch-size", "160"],
+    "nothing held out": ["--holdout", "0", "--max-epochs", "2", "--batch-size", "96"],
     "30 digits": ["--num-categories", "30", "--num-heads", "2"],
-    "a batch size that does not divide the data": ["--batch-size", "48", "--num-datas", "330"],
+    "a batch size that does not divide the data": ["--batch-size", "48", "--num-datas", "200"],
     "another seed, more layers": ["--seed", "7", "--num-layers", "2", "--num-heads", "4"],
     "the best k of many epochs": ["--max-epochs", "5", "--save-top-k", "2", "--lr", "0.03", "--num-datas", "160"],
 }
@@ -177,8 +179,8 @@ def plant_one_bit_in_the_weights(monkeypatch):
 PLANTS = {
     "a stray random draw": (plant_stray_draw, [], "loss of step 1"),
     "a sanity check without isolation": (plant_dropout_in_the_sanity_check, [], "loss of step 1"),
-    "the same order every epoch": (plant_same_order_every_epoch, ["--dropout", "0"], "loss of step 11"),
-    "the last weights in the test": (plant_last_weights_in_the_test, ["--lr", "0.3"], "test/loss_epoch"),
+    "the same order every epoch": (plant_same_order_every_epoch, ["--dropout", "0"], "loss of step 7"),
+    "the last weights in the test": (plant_last_weights_in_the_test, OVERSHOOTS, "test/loss_epoch"),
     "a mean of batch means": (plant_mean_of_batch_means, [], "train/loss_epoch, epoch 0"),
     "eval mode in training": (plant_eval_mode, [], "loss of step 1"),
     "one bit in one weight": (plant_one_bit_in_the_weights, [], "weights"),
@@ -212,8 +214,8 @@ def test_a_resumed_run_goes_on_exactly_and_lightning_s_does_not(monkeypatch):
     train_lightning.main([*SMALL, "--max-epochs", "1", "--run-dir", "first"])
     monkeypatch.setattr(pl.Trainer, "fit", lambda *args: fit(*args, ckpt_path=Path("first/epoch=0.ckpt")))
     train_lightning.main([*flags, "--run-dir", "second"])
-    whole, second = (read_metrics(Path(folder))[0][-10:] for folder in ("whole", "second"))
-    assert [row["step"] for row in second] == list(range(11, 21))
+    whole, second = (read_metrics(Path(folder))[0][-6:] for folder in ("whole", "second"))
+    assert [row["step"] for row in second] == list(range(7, 13))
     gaps = [abs(a["train/loss_step"] - b["train/loss_step"]) for a, b in zip(whole, second, strict=True)]
     assert max(gaps) > 0.01
 
@@ -245,7 +247,7 @@ def free_ports(number: int) -> str:
 
 def test_same_numbers_on_two_processes():
     """Seed 3 holds out pairs whose tokens make an odd number, which Lightning alone halves to a whole one."""
-    flags = [*SMALL, "--devices", "2", "--batch-size", "16", "--seed", "3", "--accumulate", "2", "--num-datas", "352"]
+    flags = [*SMALL, "--devices", "2", "--batch-size", "16", "--seed", "3", "--accumulate", "2", "--num-datas", "224"]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     ports = free_ports(4)
     processes = [
@@ -265,7 +267,8 @@ def test_same_numbers_on_two_processes():
     }
     assert differences[""] == []
     assert differences["OneSeedForEachProcess"][0] == "loss of step 1"
-    assert differences["EpochMeansOverProcesses"] == [f"val/loss_epoch, epoch {epoch}" for epoch in range(3)]
+    assert {f"val/loss_epoch, epoch {epoch}" for epoch in range(3)} <= set(differences["EpochMeansOverProcesses"])
+    assert all("loss_epoch" in name for name in differences["EpochMeansOverProcesses"])  # the loop itself is right
 
 
 def test_same_numbers_on_the_command_line():
