@@ -72,26 +72,29 @@ class EncoderBlock(nn.Module):
 class KeyValueCache:
     """What one decoder block keeps between two steps of decoding, so that no key or value is computed twice.
 
-    memory_keys_values: two of (B, H, S, K), the source's, computed once; keys_values: two of (B, H, t, K), one more
-    position after every step.
+    memory_keys_values: two of (B, H, S, K), the source's, computed once; keys, values: (B, H, room, K) each, of which
+    the first `length` positions are filled.
     """
 
     def __init__(self, memory_keys_values: tuple[Tensor, Tensor]):
-        self.memory_keys_values = memory_keys_values
-        self.keys_values: tuple[Tensor, Tensor] | None = None
+        # Every step reads them, and would have to put the heads one behind the other first.
+        self.memory_keys_values = tuple(t.contiguous() for t in memory_keys_values)
+        B, H, _, K = memory_keys_values[0].shape
+        self.keys, self.values = (memory_keys_values[0].new_empty(B, H, 16, K) for _ in range(2))
+        self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest position, two of (B, H, 1, K); return all positions so far."""
-        if self.keys_values is not None:
-            key = torch.cat([self.keys_values[0], key], dim=2)
-            value = torch.cat([self.keys_values[1], value], dim=2)
-        self.keys_values = key, value
-        return key, value
+        """Add the newest position, two of (B, H, 1, K); return all positions so far, two of (B, H, t, K)."""
+        if self.length == self.keys.size(2):  # doubling the room copies each position about once, not at every step
+            self.keys, self.values = (torch.cat([t, torch.empty_like(t)], dim=2) for t in (self.keys, self.values))
+        self.keys[:, :, self.length], self.values[:, :, self.length] = key.squeeze(2), value.squeeze(2)
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget the sequences that are finished. rows: (B,) bool."""
         self.memory_keys_values = tuple(t[rows] for t in self.memory_keys_values)
-        self.keys_values = tuple(t[rows] for t in self.keys_values)
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 class DecoderBlock(nn.Module):
