@@ -117,25 +117,16 @@ def two_hosts():
 
 @pytest.mark.root
 @pytest.mark.parametrize("killed", [None, 0, 1])
-@pytest.mark.parametrize(
-    "rendezvous",
-    [
-        pytest.param("--node-rank {} --master-addr 10.77.0.1 --master-port 29500", id="static"),
-        pytest.param(
-            "--rdzv-backend c10d --rdzv-id job --rdzv-endpoint 10.77.0.1:29500 --local-addr 10.77.0.{1}", id="c10d"
-        ),
-    ],
-)
-def test_two_hosts_without_a_common_disk(two_hosts, undisturbed_two, rendezvous, killed):  # noqa: F811
+def test_two_hosts_without_a_common_disk(two_hosts, undisturbed_two, killed):  # noqa: F811
     with contextlib.ExitStack() as stack:
         processes = []
         for host, name in enumerate(two_hosts):
             Path(name).mkdir()
-            flags = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"]
-            flags += [*rendezvous.format(host, host + 1).split(), str(PROJECT / "train.py"), *HALF, *NEW]
+            flags = f"--nnodes 2 --node-rank {host} --nproc-per-node 1 --master-addr 10.77.0.1 --max-restarts 2".split()
+            flags += [str(PROJECT / "train.py"), *HALF, *NEW]
             in_namespace = ("ip", "netns", "exec", name)
-            host = launched(*flags, before=in_namespace, folder=name, GLOO_SOCKET_IFNAME="cable")
-            processes.append(stack.enter_context(host))
+            torchrun = launched(*flags, before=in_namespace, folder=name, GLOO_SOCKET_IFNAME="cable")
+            processes.append(stack.enter_context(torchrun))
         if killed is not None:
             wait_for(lambda: list(Path().glob("*/run/last.pt")), 120)
             [last] = Path().glob("*/run/last.pt")
