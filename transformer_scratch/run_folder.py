@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from transformer_scratch.checkpoint import link, load_first_good, save_checkpoint
 from transformer_scratch.config import Config, run_name
 from transformer_scratch.errors import BadInput, TrainingFault
@@ -69,7 +71,7 @@ class RunFolder:
         if not self.is_main:
             return
         os.fsync(self.metrics.fileno())
-        state |= {"metrics_size": self.metrics.seek(0, os.SEEK_END), "wandb_id": self.wandb_id}
+        state |= {"metrics_size": self.metrics.seek(0, os.SEEK_END), "wandb_id": self.wandb_id, **exact_only_with()}
         save_checkpoint(self.path / "last.pt", state, keep_old_as=self.path / "previous.pt")
         self.processes.remember_run(self.path)
 
@@ -100,6 +102,11 @@ class RunFolder:
         return b'"test/exact_match"' in b"".join(lines)
 
 
+def exact_only_with() -> dict[str, object]:
+    """What a run needs to be the same of to go on bit for bit: sums are added up in an order that depends on these."""
+    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
 def lock(path: Path) -> object:
     """Take the folder for this process alone. Raises BadInput when another one trains in it.
 
@@ -120,6 +127,11 @@ def open_run(config: Config, processes: Processes, saved: dict | None) -> RunFol
     run.settings = {**dataclasses.asdict(config), "resume": None}
     run.wandb_id = saved["wandb_id"] if saved else None
     processes.from_main(lambda: run.open(saved))
+    for name, now in exact_only_with().items():
+        if saved and run.is_main and saved[name] != now:
+            print(
+                f"warning: trained with {name} {saved[name]} so far, now {now}: no longer bit for bit", file=sys.stderr
+            )
     return run
 
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from plants import chain, leave_out, overflow_in_fp16, signal_at_step
 from trainings import SMALL, Training, fingerprint
 
@@ -103,3 +104,11 @@ def test_an_overflow_skips_the_update_halves_the_scale_and_keeps_the_schedule(ru
     assert {int(state["step"]) for state in last["optimizer"]["state"].values()} == {done}
     grown = (done - last["scaler"]["_growth_tracker"]) // 3
     assert last["scaler"]["scale"] == 2.0 ** (19 - len(skipped) + grown)
+
+
+def test_another_number_of_threads_is_warned_of(run):
+    assert run(*SMALL, *NEW, plant=terminated_at(4))[0] == 143
+    assert "no longer bit for bit" not in run(*RESUME, plant=terminated_at(1))[1]
+    code, output = run(*RESUME, plant=functools.partial(torch.set_num_threads, 2))
+    assert code == 0
+    assert "warning: trained with threads 1 so far, now 2" in output
