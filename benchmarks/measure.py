@@ -93,6 +93,7 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "vector units": torch.backends.cpu.get_cpu_capability(),
         "amx": torch.cpu._is_amx_tile_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "load": os.getloadavg()[0],

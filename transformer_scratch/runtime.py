@@ -143,8 +143,9 @@ def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[torch.dt
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU computes it fast, and it needs no loss scaling"
         return torch.float16, "this GPU has no fast bf16"
-    if device.type == "cpu" and dim >= 256 and torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "this CPU has matrix units for it (AMX)"
+    has_bf16_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cpu" and dim >= 256 and has_bf16_units:
+        return torch.bfloat16, "this CPU multiplies matrices in it (AMX or AVX-512 BF16)"
     return None, "nothing to gain here from half precision"
 
 
