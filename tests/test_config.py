@@ -76,3 +76,5 @@ def test_help_explains_every_flag(capsys):
     assert end.value.code == 0
     for name in vars(Config()):
         assert f"--{name.replace('_', '-')}" in text
+    groups = ["model options", "data options", "training options", "hardware options", "run options"]
+    assert sorted(map(text.index, groups)) == [text.index(group) for group in groups]

@@ -1,4 +1,4 @@
-"""The command line, one flat dataclass read by tyro; what depends on size or hardware is chosen here, with a reason."""
+"""The command line, flat flags read by tyro; what depends on size or hardware is chosen here, with a reason."""
 
 import dataclasses
 import math
@@ -18,32 +18,13 @@ from transformer_scratch.runtime import ALONE, Processes, choose_device, choose_
 
 
 @dataclass
-class Config:
-    """Train a Transformer, written from scratch, to count from one digit to another.
+class ModelOptions:
+    """The Transformer, in the paper's terms."""
 
-    Every flag may be written with dashes or underscores. `None` means: chosen by size or hardware, and printed at the
-    start together with the reason.
-    """
-
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
-    devices: int = 1
-    """Number of processes, one a device; above 1 the program is started by torchrun."""
-    lr: float | None = None
-    """Learning rate of AdamW after the warm-up, constant. None: by --dim."""
-    max_epochs: int | None = None
-    """Epochs to train; there is no early stopping. None: by --dim."""
-    num_datas: int = 12_800
-    """Training samples in an epoch, drawn with repetition from the training pairs."""
-    batch_size: int = 128
-    """Samples per process in one forward and backward pass."""
-    num_heads: int = 1
-    """Attention heads; must divide --dim."""
     dim: int = 32
     """Width of the model."""
-    debug: bool = False
-    """Tag the W&B run "debug" instead of "run"."""
-
+    num_heads: int = 1
+    """Attention heads; must divide --dim."""
     num_layers: int = 6
     """Blocks in the encoder, and as many in the decoder."""
     ffn_dim: int | None = None
@@ -53,45 +34,99 @@ class Config:
     tie_embeddings: bool = True
     """Share one matrix between both embeddings and the output projection (section 3.4 of the paper)."""
 
+
+@dataclass
+class DataOptions:
+    """The task and its samples."""
+
     num_categories: int = 10
     """Digits of the task; 10 make 100 pairs, 30 make 900."""
     seq_len: int | None = None
     """Length of a padded sequence. None: --num-categories + 6, so 16 for ten digits."""
+    num_datas: int = 12_800
+    """Training samples in an epoch, drawn with repetition from the training pairs."""
     holdout: float = 0.2
-    """Share of the distinct pairs kept out of training, half for validation, half for the test. 0 = the article's
-    way: all three draw from the same pairs."""
+    """Share of the distinct pairs kept out of training, for validation and test. 0 = all share them (the article)."""
+    num_workers: int = 0
+    """Processes that prepare batches. 0 = none, which is fastest for this small data."""
 
+
+@dataclass
+class TrainingOptions:
+    """The loop: how long, in what steps."""
+
+    max_epochs: int | None = None
+    """Epochs to train; there is no early stopping. None: by --dim."""
+    batch_size: int = 128
+    """Samples per process in one forward and backward pass."""
+    accumulate: int = 1
+    """Batches whose gradients make up one update."""
+    lr: float | None = None
+    """Learning rate of AdamW after the warm-up, constant. None: by --dim."""
     warmup_steps: int = 100
     """Updates over which the learning rate rises linearly to --lr. 0 = off."""
     weight_decay: float = 0.1
     """Weight decay of AdamW. 0 = off."""
     clip_norm: float = 1.0
     """Scale gradients down to this L2 norm. 0 = off."""
-    accumulate: int = 1
-    """Batches whose gradients make up one update."""
+    seed: int = 42
+    """Decides the split, the first weights, the order of the data and dropout."""
+
+
+@dataclass
+class HardwareOptions:
+    """Where and in what precision to compute."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    devices: int = 1
+    """Number of processes, one a device; above 1 the program is started by torchrun."""
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """Mixed precision. fp16 scales the loss, bf16 need not. auto: what the device computes fast."""
     compile: bool = False
     """Compile the model with torch.compile: a slow start, faster steps on a GPU."""
 
-    num_workers: int = 0
-    """Processes that prepare batches. 0 = none, which is fastest for this small data."""
-    seed: int = 42
-    """Decides the split, the first weights, the order of the data and dropout."""
-    log_every: int = 10
-    """Updates between two readings of the loss, to the bar, metrics.jsonl and W&B."""
+
+@dataclass
+class RunOptions:
+    """What is written where, and what is shown."""
+
+    resume: str | None = None
+    """Folder of a run to continue; every other setting comes from there."""
+    run_dir: str | None = None
+    """Folder of this run. None: runs/ and a name made of the settings."""
     save_every: int = 0
     """Updates between two writings of last.pt within an epoch. 0 = only at its end."""
     save_top_k: int = 10
     """How many epoch=K.pt to keep, by lowest validation loss."""
-    run_dir: str | None = None
-    """Folder of this run. None: runs/ and a name made of the settings."""
-    resume: str | None = None
-    """Folder of a run to continue; every other setting comes from there."""
+    log_every: int = 10
+    """Updates between two readings of the loss, to the bar, metrics.jsonl and W&B."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases. auto: online if you are logged in, otherwise offline; never a question."""
     wandb_project: str = "transformer-scratch"
     """Project in W&B."""
+    debug: bool = False
+    """Tag the W&B run "debug" instead of "run"."""
+
+
+@dataclass
+class Config(RunOptions, HardwareOptions, TrainingOptions, DataOptions, ModelOptions):
+    """Every setting of a run, flat."""
+
+
+@dataclass
+class CommandLine:
+    """Train a Transformer, written from scratch, to count from one digit to another.
+
+    Every flag may be written with dashes or underscores. None means: chosen by size or hardware, and printed at the
+    start together with the reason.
+    """
+
+    model: ModelOptions
+    data: DataOptions
+    training: TrainingOptions
+    hardware: HardwareOptions
+    run: RunOptions
 
 
 # What a resumed run may be told anew, because it cannot change what the run has computed so far.
@@ -100,14 +135,24 @@ CHANGEABLE_ON_RESUME = {
 }  # fmt: skip
 
 
+def parse(arguments: list[str] | None, default: Config) -> Config:
+    """The flags as given; grouped for --help, and flat for everything else."""
+    groups = {
+        group.name: group.type(**{field.name: getattr(default, field.name) for field in dataclasses.fields(group.type)})
+        for group in dataclasses.fields(CommandLine)
+    }
+    # --help and wrong flags are tyro's: explained, with exit codes 0 and 2.
+    given = tyro.cli(CommandLine, args=arguments, default=CommandLine(**groups), config=(tyro.conf.OmitArgPrefixes,))
+    return Config(**{name: value for group in vars(given).values() for name, value in vars(group).items()})
+
+
 def load_config(arguments: list[str] | None = None, processes: Processes = ALONE) -> tuple[Config, dict | None]:
     """The configuration as given on the command line, checked, and the state to go on from (None for a new run).
 
     With --resume every setting is the saved one, and what is given beside it must not change the run so far.
     Raises BadInput.
     """
-    # --help and wrong flags are tyro's: explained, with exit codes 0 and 2.
-    config = tyro.cli(Config, args=arguments)
+    config = parse(arguments, Config())
     folder = config.resume or processes.run_before_restart()
     if folder is None:
         check(config, processes)
@@ -116,7 +161,7 @@ def load_config(arguments: list[str] | None = None, processes: Processes = ALONE
     if unknown := saved["config"].keys() - {field.name for field in dataclasses.fields(Config)}:
         raise BadInput(f"{folder} was trained with settings unknown to this version: {', '.join(sorted(unknown))}")
     before = Config(**saved["config"])
-    config = keep_settings(before, tyro.cli(Config, args=arguments, default=before))
+    config = keep_settings(before, parse(arguments, before))
     config = dataclasses.replace(config, resume=str(folder))
     check(config, processes)
     if config.max_epochs < saved["epoch"]:
