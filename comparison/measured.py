@@ -3,7 +3,7 @@
     python -m comparison.measured plain|lightning|unrecorded FILE.json STEPS LOG_EVERY START_TIME [training flags]
 
 The clock is read after every optimizer step. What both programs call alike to compute (fetching a batch, the model, its
-loss, backward, clipping, AdamW's arithmetic) is timed on its own; the rest of a step is what its loop costs.
+loss, backward, clipping, AdamW's step, zero_grad) is timed on its own; the rest of a step is what its loop costs.
 """
 
 import contextlib
@@ -21,19 +21,18 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
-from transformer_scratch.data import PairDataset
 from transformer_scratch.model import Transformer
 
 WARM_UP = 5  # updates that are not timed
 
 # Both programs look these up by name when they call them, so that timing them needs no change in either.
 SHARED = [
-    (PairDataset, "__getitem__"),
+    (torch.utils.data.dataloader._BaseDataLoaderIter, "__next__"),
     (Transformer, "forward"),
     (torch.nn.functional, "cross_entropy"),
     (torch.Tensor, "backward"),
     (torch.nn.utils, "clip_grad_norm_"),
-    (importlib.import_module("torch.optim.adam"), "adam"),
+    (torch.optim.Optimizer, "zero_grad"),
 ]
 
 
@@ -43,11 +42,12 @@ class Stopwatch:
     def __init__(self, program: str, bar: tqdm):
         self.program, self.bar = program, bar
         self.shared = 0.0
-        self.depth = 0  # a shared function within a shared function is not counted twice
+        self.depth, self.started = 0, 0.0
         self.frames: int | None = None
         self.readings: list[tuple[float, float]] = []  # (time, shared time) after each update
         for owner, name in SHARED:
             setattr(owner, name, self.timed(getattr(owner, name), is_loss=name == "cross_entropy"))
+        torch.optim.AdamW.step = self.timed_step(torch.optim.AdamW.step)
         register_optimizer_step_post_hook(self.after_update)
 
     def timed(self, function, is_loss: bool):
@@ -55,14 +55,42 @@ class Stopwatch:
         def call(*args, **kwargs):
             if is_loss and self.frames is None and torch.is_grad_enabled():
                 self.frames = self.frames_above()
-            self.depth += 1
-            started = time.perf_counter()
-            try:
+            with self.running():
                 return function(*args, **kwargs)
+
+        return call
+
+    def timed_step(self, step):
+        """The optimizer's step, without the closure in which Lightning runs everything else."""
+
+        @functools.wraps(step)
+        def call(optimizer, closure=None):
+            with self.running():
+                return step(optimizer, closure and self.stopped(closure))
+
+        return call
+
+    @contextlib.contextmanager
+    def running(self):
+        """Count the time in here as shared; once, where one shared function calls another."""
+        self.depth += 1
+        if self.depth == 1:
+            self.started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                self.shared += time.perf_counter() - self.started
+
+    def stopped(self, closure):
+        def call():
+            self.shared += time.perf_counter() - self.started
+            depth, self.depth = self.depth, 0
+            try:
+                return closure()
             finally:
-                self.depth -= 1
-                if self.depth == 0:
-                    self.shared += time.perf_counter() - started
+                self.depth, self.started = depth, time.perf_counter()
 
         return call
 

@@ -5,7 +5,7 @@
 
 Both programs write W&B's files (offline) and read the loss every ten updates. They take turns, so that whatever else
 the machine does hits both; the median of the rounds counts. "Around the model" is what is left of a step when
-fetching the batch, forward, loss, backward, clipping and AdamW's arithmetic, which both call alike, are taken off.
+fetching the batch, forward, loss, backward, clipping, AdamW's step and zero_grad, which both call alike, are taken off.
 """
 
 import json
