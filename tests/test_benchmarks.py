@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from benchmarks import decode, scaling, startup, throughput
+from benchmarks import decode, scaling, startup, throughput, where_time_goes
 from benchmarks.article_baseline import ArticleTransformer, article_loader
 from benchmarks.measure import Timing, interleave
 from benchmarks.ways import Ways, packed_loss, padded_loss
@@ -26,6 +26,7 @@ TASK = Task()
     [
         (throughput, "throughput-dim16", ["+ padding in between left out", "nn.Transformer, dropout 0"]),
         (decode, "decode", ["| 16 | cache |", "| 16 | article, fixed length |"]),
+        (where_time_goes, "where-time-goes-dim16", ["| matrix products |", "| everything else |"]),
         pytest.param(scaling, "scaling", ["| processes | 2 |"], marks=pytest.mark.slow),
     ],
 )
