@@ -63,13 +63,14 @@ def outcome(run: Path) -> dict:
     return state
 
 
-def kill(folder: Path, inside_a_save: bool, generator: random.Random, seconds: float) -> tuple[int, bool]:
+def kill(folder: Path, inside_a_save: bool, generator: random.Random) -> tuple[int, bool]:
     """Start a training and kill it. -> the updates it had saved, and whether it died with a half written file."""
-    run = folder / "run"
+    run, update = folder / "run", generator.randrange(50)
     process = start(folder, *TRAINING.split(), "--run-dir", "run")
-    while not (run / "last.pt").exists():
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b'"lr"') < update or not (run / "last.pt").exists():
         time.sleep(0.001)
-    time.sleep(generator.uniform(0, seconds))
+    time.sleep(generator.uniform(0, 0.1))
     while inside_a_save and process.poll() is None and not list(run.glob("last.pt.*.tmp")):
         pass
     process.kill()
@@ -82,18 +83,13 @@ def kill(folder: Path, inside_a_save: bool, generator: random.Random, seconds: f
 def kill_many(arguments: Arguments) -> dict:
     generator = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        process = start(Path(folder), *TRAINING.split(), "--run-dir", "run")
-        while not Path(folder, "run/last.pt").exists():
-            time.sleep(0.001)
-        started = time.perf_counter()
-        process.wait()
-        seconds = time.perf_counter() - started
+        start(Path(folder), *TRAINING.split(), "--run-dir", "run").wait()
         undisturbed = outcome(Path(folder, "run"))
     inside = survived = 0
     steps = []
     for number in tqdm(range(arguments.kills), desc="kills", mininterval=0.2 if sys.stderr.isatty() else 15):
         with tempfile.TemporaryDirectory() as folder:
-            step, in_save = kill(Path(folder), number % 2 == 0, generator, 0.7 * seconds)
+            step, in_save = kill(Path(folder), number % 2 == 0, generator)
             steps.append(step)
             inside += in_save
             resumed = start(Path(folder), "--resume", "run").wait() == 0

@@ -86,6 +86,18 @@ def test_the_loop_is_read_in_one_sitting():
         assert step in ast.get_source_segment(text, loop), f"{step} stands in plain sight"
 
 
+def test_the_table_of_faults_and_the_tests_name_each_other():
+    """docs/reliability.md tells of every test in tests/reliability/, and of none that is not there."""
+    told = set(re.findall(r"`(test_\w+)`", (PROJECT / "docs/reliability.md").read_text()))
+    tests = {
+        name: file
+        for file in (PROJECT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    assert not told - tests.keys()
+    assert not {name for name, file in tests.items() if file.parent.name == "reliability"} - told
+
+
 @pytest.mark.parametrize(
     "file, names",
     [
