@@ -55,8 +55,8 @@ class DataOptions:
 class TrainingOptions:
     """The loop: how long, in what steps."""
 
-    max_epochs: int | None = None
-    """Epochs to train; there is no early stopping. None: by --dim."""
+    max_epochs: int = 5
+    """Epochs to train; there is no early stopping."""
     batch_size: int = 128
     """Samples per process in one forward and backward pass."""
     accumulate: int = 1
@@ -248,8 +248,7 @@ def settle_config(
     -> the full configuration, the device, the type of mixed precision, and a reason for each choice. Raises BadInput.
     """
     rules = {
-        "lr": (float(f"{1.5e-3 * (32 / config.dim) ** 0.75:.3g}"), "1.5e-3 x (32 / dim)^0.75"),
-        "max_epochs": (5 if config.dim < 256 else 3, "5 below dim 256, 3 from there on"),
+        "lr": (float(f"{1.5e-3 * 32 / config.dim:.3g}"), "1.5e-3 x 32 / dim"),
         "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
         "seq_len": (default_seq_len(config), "num_categories + 6"),
     }

@@ -35,7 +35,7 @@ def print_start(
         "model": f"{parameters:,} parameters: dim {config.dim}, {config.num_heads} heads, "
         f"{config.num_layers} + {config.num_layers} layers, ffn_dim {config.ffn_dim}{why('ffn_dim')}",
         "data": f"{data}; seq_len {config.seq_len}{why('seq_len')}",
-        "epochs": f"{config.max_epochs}{why('max_epochs')} of {config.num_datas:,} samples, {global_batch} an update",
+        "epochs": f"{config.max_epochs} of {config.num_datas:,} samples, {global_batch} an update",
         "lr": f"{config.lr:g}{why('lr')}, reached after {config.warmup_steps} updates",
         "chance": f"a token guessed at random is right once in {model.output.out_features} times",
         "run": f"{run.path}{' (resumed)' if config.resume else ''}",
