@@ -3,7 +3,8 @@
     python -m comparison.measured plain|lightning|unrecorded FILE.json STEPS LOG_EVERY START_TIME [training flags]
 
 The clock is read after every optimizer step. What both programs call alike to compute (fetching a batch, the model, its
-loss, backward, clipping, AdamW's step, zero_grad) is timed on its own; the rest of a step is what its loop costs.
+loss, backward, the end of autocast, clipping, AdamW's step, zero_grad) is timed on its own; the rest of a step is what
+its loop costs.
 """
 
 import contextlib
@@ -30,9 +31,11 @@ SHARED = [
     (torch.utils.data.dataloader._BaseDataLoaderIter, "__next__"),
     (Transformer, "forward"),
     (torch.nn.functional, "cross_entropy"),
-    (torch.Tensor, "backward"),
+    (torch.amp.autocast, "__exit__"),  # lets go of the weights it has cast
     (torch.nn.utils, "clip_grad_norm_"),
     (torch.optim.Optimizer, "zero_grad"),
+    (torch.autograd.profiler.record_function, "__enter__"),  # PyTorch puts it around every optimizer's step
+    (torch.autograd.profiler.record_function, "__exit__"),
 ]
 
 
@@ -47,6 +50,7 @@ class Stopwatch:
         self.readings: list[tuple[float, float]] = []  # (time, shared time) after each update
         for owner, name in SHARED:
             setattr(owner, name, self.timed(getattr(owner, name), is_loss=name == "cross_entropy"))
+        torch.Tensor.backward = self.timed_backward(torch.Tensor.backward)
         torch.optim.AdamW.step = self.timed_step(torch.optim.AdamW.step)
         register_optimizer_step_post_hook(self.after_update)
 
@@ -56,7 +60,22 @@ class Stopwatch:
             if is_loss and self.frames is None and torch.is_grad_enabled():
                 self.frames = self.frames_above()
             with self.running():
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            if is_loss:
+                self.loss = result
+            return result
+
+        return call
+
+    def timed_backward(self, backward):
+        """With it goes freeing the graph, which otherwise happens at some later line that lets go of the loss."""
+
+        @functools.wraps(backward)
+        def call(tensor, *args, **kwargs):
+            with self.running():
+                backward(tensor, *args, **kwargs)
+                tensor.detach_()
+                self.loss.detach_()
 
         return call
 
