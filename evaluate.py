@@ -16,7 +16,7 @@ import tyro
 from torch.nn import functional as F
 
 from transformer_scratch.checkpoint import CheckpointError, load_checkpoint, load_first_good
-from transformer_scratch.config import Config
+from transformer_scratch.config import saved_config
 from transformer_scratch.data import BatchSampler, Pair, PairDataset, Splits, Task, make_loader, split_pairs
 from transformer_scratch.errors import BadInput, exit_codes
 from transformer_scratch.evaluation import Prediction, exact_match, pair_to_show, predict
@@ -33,8 +33,9 @@ class Arguments:
     """Folder of the run. None: the newest in runs/."""
     checkpoint: str = "best"
     """best (lowest validation loss), last, or the path of a checkpoint file."""
-    pair: tuple[int, int] | None = None
-    """The pair to print in full, for example --pair 8 4. None: the first test pair with a run of four or more."""
+    pair: tuple[int, ...] = ()
+    """The two digits to print in full, for example --pair 8 4. None given: the first test pair with a run of four or
+    more."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     pictures: bool = True
@@ -46,12 +47,14 @@ def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
 
     Where best.pt or last.pt is damaged, another good file of the run is taken, with a warning.
     """
+    if arguments.run is not None and not Path(arguments.run).is_dir():
+        raise BadInput(f"--run {arguments.run}: there is no such folder; give the folder of a run, runs/<name>")
     if arguments.checkpoint not in ("best", "last"):
         file = Path(arguments.checkpoint)
-        return load_checkpoint(file), file, Path(arguments.run) if arguments.run else file.parent
-    folder = Path(arguments.run) if arguments.run else newest_run()
-    if not folder.is_dir():
-        raise BadInput(f"--run {folder}: there is no such folder; give the folder of a run, runs/<name>")
+        if not file.is_file():
+            raise BadInput(f"--checkpoint {file}: no such file; give best, last or a path, runs/<name>/epoch=3.pt")
+        return load_checkpoint(file), file, file.parent if arguments.run is None else Path(arguments.run)
+    folder = newest_run() if arguments.run is None else Path(arguments.run)
     others = {"best": [*sorted(folder.glob("epoch=*.pt")), folder / "last.pt"], "last": [folder / "previous.pt"]}
     candidates = [folder / f"{arguments.checkpoint}.pt", *others[arguments.checkpoint]]
     if not any(file.exists() for file in candidates):
@@ -137,11 +140,13 @@ def print_summary(result: dict, file: Path, folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=arguments)
     content, file, folder = load_run(arguments)
-    config = Config(**content["config"])
+    config = saved_config(content, file)
     device, _ = choose_device(arguments.accelerator)
     task = Task(config.num_categories, config.seq_len)
     splits = split_pairs(task, config.holdout, config.seed)
     pair = arguments.pair or pair_to_show(task, splits.test)
+    if len(pair) != 2:
+        raise BadInput("--pair takes two digits, for example --pair 8 4")
     if not all(0 <= digit < task.num_categories for digit in pair):
         raise BadInput(f"--pair {pair[0]} {pair[1]}: this run knows the digits 0 to {task.num_categories - 1}")
 
@@ -165,7 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments.pictures:
         from transformer_scratch.plots import save_pictures  # only here: matplotlib takes a while to start
 
-        files = save_pictures(folder, model, task, splits, predictions, pair, config.clip_norm)
+        try:
+            files = save_pictures(folder, model, task, splits, predictions, pair, config.clip_norm)
+        except OSError as error:
+            raise BadInput(f"the pictures cannot be written: {error}; --no-pictures leaves them out") from None
         print(f"pictures        {', '.join(picture.name for picture in files)}")
         print(f"next            look at {files[0]}")
 

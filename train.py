@@ -25,7 +25,7 @@ from transformer_scratch.errors import TrainingFault, exit_codes
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
-from transformer_scratch.run_folder import open_run
+from transformer_scratch.run_folder import RunFolder, open_run
 from transformer_scratch.runtime import (
     compile_model,
     keep_freed_memory,
@@ -44,22 +44,23 @@ def token_loss(network: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.target.flatten()[batch.tokens])
 
 
-def read_rows(waiting: list[dict], processes) -> list[dict]:
-    """Fetch the losses and norms that wait on the device. Nothing else in an epoch makes the loop wait for it.
+def write_rows(run: RunFolder, waiting: list[dict]) -> None:
+    """Fetch the losses and norms that wait on the device, into metrics.jsonl. Nothing else makes an epoch wait for it.
 
-    Raises TrainingFault at the first loss or norm that is not a number.
+    Raises TrainingFault at the first loss or norm that is not a number; what was before it is written.
     """
-    losses = processes.sum(torch.stack([row["train/loss_step"] for row in waiting])).tolist()
+    losses = run.processes.sum(torch.stack([row["train/loss_step"] for row in waiting])).tolist()
     norms = torch.stack([row["grad_norm"] for row in waiting]).tolist()
-    for row, loss, norm in zip(waiting, losses, norms, strict=True):
+    for number, (row, loss, norm) in enumerate(zip(waiting, losses, norms, strict=True)):
         overflow = row.get("skipped", False)  # fp16: an infinite norm is why the update was skipped
         row |= {"train/loss_step": loss, "grad_norm": None if overflow else norm}
         if not math.isfinite(loss) or not (overflow or math.isfinite(norm)):
+            run.append(waiting[:number])
             raise TrainingFault(
                 f"bad numbers at step {row['step']}: loss {loss}, gradient norm {norm} at learning rate {row['lr']:g}. "
-                "Try a smaller --lr, a longer --warmup-steps or --amp off. last.pt is from before that"
+                "Try a smaller --lr, a longer --warmup-steps, or --amp off. last.pt is from before that"
             )
-    return waiting
+    run.append(waiting)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -193,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             saving = stop.exit_code() or (config.save_every and step % config.save_every == 0)
             if saving or epoch_ends or step % config.log_every == 0:  # [hidden: reading the loss only now and then]
-                run.append(read_rows(waiting, processes))
+                write_rows(run, waiting)
                 bar.set_postfix(loss=f"{row['train/loss_step']:.4f}", refresh=False)
                 with never_fatal("W&B"):
                     wandb.log(row)  # [hidden: logging]
@@ -230,6 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     with autocast:
         predictions = {"trained": predict(model, task, splits.train), "test": predict(model, task, splits.test)}
     row["test/exact_match"] = exact_match(predictions["test"])
+    stop_if_asked()
     run.append([row])
     summary.print_end(run, row, predictions)
     with never_fatal("W&B"):
@@ -237,6 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         log_results(run, model, task, splits)
         wandb.alert("Training has ended", f"{run.path.name}: test exact match {row['test/exact_match']:.1%}")
         wandb.finish()
+    stop_if_asked()
 
 
 if __name__ == "__main__":

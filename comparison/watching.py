@@ -71,7 +71,7 @@ def observe(source: str, flags: list[str], on_meta: bool = False) -> Observed:
 
 def look_on(module: ModuleType, seen: Observed) -> None:
     """Put observers in the place of names that train.py uses."""
-    token_loss, read_rows = module.token_loss, module.read_rows
+    token_loss, write_rows = module.token_loss, module.write_rows
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         seen.kept_bytes += tensor.nbytes
@@ -85,9 +85,9 @@ def look_on(module: ModuleType, seen: Observed) -> None:
         seen.batches += 1
         return loss
 
-    def watched_rows(waiting, processes):
+    def watched_rows(run, waiting):
         seen.readings += 1
-        return read_rows(waiting, processes)
+        write_rows(run, waiting)
 
     def log(row: dict) -> None:
         seen.logged += "train/loss_step" in row
@@ -102,7 +102,7 @@ def look_on(module: ModuleType, seen: Observed) -> None:
         return parallel
 
     nothing = lambda *args, **kwargs: None  # noqa: E731
-    module.token_loss, module.read_rows = watched_loss, watched_rows
+    module.token_loss, module.write_rows = watched_loss, watched_rows
     module.DistributedDataParallel = watched_parallel
     module.wandb = SimpleNamespace(log=log, alert=nothing, finish=nothing)
 

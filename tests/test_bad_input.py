@@ -186,7 +186,8 @@ def test_resume_from_what_is_no_run(refused, strangers):
         assert str(folder) in message
     assert "there is no such folder" in refused("--resume", "missing")
     assert "there is no last.pt in it" in refused("--resume", "empty")
-    assert "no such folder" in refused("--resume", "text/last.pt")
+    assert "is a file; give the folder it lies in" in refused("--resume", "text/last.pt")
+    assert "there is no last.pt in it" in refused("--resume", "")
 
 
 def test_resume_from_weights_alone(refused):

@@ -114,6 +114,13 @@ def test_evaluate_draws_them_all_and_names_the_next_to_look_at(script, tiny, tmp
         assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
 
 
+def test_a_line_of_metrics_that_a_kill_left_half_written_is_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert plots.read_metrics(file) == []
+    file.write_text('{"step": 1}\n{"step": 2, "lr"')
+    assert plots.read_metrics(file) == [{"step": 1}]
+
+
 def test_pictures_can_be_left_out(monkeypatch, capsys, tiny, tmp_path):
     import train
 

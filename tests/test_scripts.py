@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import PROJECT, TINY
 from metrics import read_metrics
 
 from transformer_scratch.data import Task, split_pairs
@@ -82,11 +84,19 @@ def test_checkpoints_hold_what_the_contract_says(finished):
 
 def test_the_summary_says_everything(finished):
     text = (finished / "train.py.out").read_text()
-    for part in ("cpu x 1", "float32", "parameters: dim 16, 1 heads", "80 trained, 10 validation, 10 test", "lr 0.01",
-                 "right once in 14 times", f"runs/{NAME}", "disabled (as asked)", "exact match", "best.pt",
+    for part in ("cpu x 1", "float32", "parameters: dim 16, 1 head,", "80 trained, 10 validation, 10 test", "lr 0.01",
+                 "right one time in 14", f"runs/{NAME}", "disabled (as asked)", "exact match", "best.pt",
                  f"python evaluate.py --run runs/{NAME}"):  # fmt: skip
         assert re.search(re.escape(part).replace(r"lr\ 0", r"lr\s+0"), text), part
     assert len(re.findall(r"^epoch \d: train loss", text, re.M)) == 2
+
+
+def test_a_reader_of_the_output_who_leaves_is_no_fault():
+    """As `head` does."""
+    command = [sys.executable, str(PROJECT / "train.py"), "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait() == 1 and process.stderr.read() == ""
 
 
 def test_the_progress_bar_survives_a_pipe(finished):

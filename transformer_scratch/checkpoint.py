@@ -117,8 +117,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a flipped bit can raise almost anything in there
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason[:120]})") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of this project")
     if content["format"] != FORMAT:
@@ -149,6 +148,8 @@ def load_first_good(paths: list[Path]) -> tuple[dict, Path]:
 
 def load_resumable(folder: Path) -> dict:
     """The newest complete state of a run. Raises CheckpointError when there is none."""
+    if folder.is_file():
+        raise CheckpointError(f"--resume {folder} is a file; give the folder it lies in")
     if not folder.is_dir():
         raise CheckpointError(f"--resume {folder}: there is no such folder; give the folder of a run, runs/<name>")
     if not (folder / "last.pt").exists() and not (folder / "previous.pt").exists():

@@ -62,7 +62,7 @@ class TrainingOptions:
     accumulate: int = 1
     """Batches whose gradients make up one update."""
     lr: float | None = None
-    """Learning rate of AdamW after the warm-up, constant. None: by --dim."""
+    """Learning rate of AdamW after the warm-up, constant. None: 1.5e-3 x 32 / --dim."""
     warmup_steps: int = 100
     """Updates over which the learning rate rises linearly to --lr. 0 = off."""
     weight_decay: float = 0.1
@@ -153,20 +153,25 @@ def load_config(arguments: list[str] | None = None, processes: Processes = ALONE
     Raises BadInput.
     """
     config = parse(arguments, Config())
-    folder = config.resume or processes.run_before_restart()
+    folder = processes.run_before_restart() if config.resume is None else config.resume
     if folder is None:
         check(config, processes)
         return config, None
     saved = processes.from_main(lambda: load_resumable(Path(folder)))
-    if unknown := saved["config"].keys() - {field.name for field in dataclasses.fields(Config)}:
-        raise BadInput(f"{folder} was trained with settings unknown to this version: {', '.join(sorted(unknown))}")
-    before = Config(**saved["config"])
+    before = saved_config(saved, folder)
     config = keep_settings(before, parse(arguments, before))
     config = dataclasses.replace(config, resume=str(folder))
     check(config, processes)
     if config.max_epochs < saved["epoch"]:
         raise BadInput(f"--max-epochs {config.max_epochs}, but the run has done {saved['epoch']} epochs already")
     return config, saved
+
+
+def saved_config(saved: dict, origin: object) -> Config:
+    """The configuration in a checkpoint. Raises BadInput when it has settings that this version does not know."""
+    if unknown := saved["config"].keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise BadInput(f"{origin} was trained with settings unknown to this version: {', '.join(sorted(unknown))}")
+    return Config(**saved["config"])
 
 
 def keep_settings(before: Config, config: Config) -> Config:
@@ -199,10 +204,10 @@ def check(config: Config, processes: Processes) -> None:
     for name in ("warmup_steps", "num_workers", "save_every"):
         require(name, config, lambda value: value >= 0, "must be 0 (off) or more")
     for name in ("weight_decay", "clip_norm"):
-        require(name, config, lambda value: 0 <= value < math.inf, "must be 0 (off) or more")
+        require(name, config, lambda value: 0 <= value < math.inf, "must be 0 (off) or more, and finite")
     for name in ("dropout", "holdout"):
         require(name, config, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-    require("lr", config, lambda value: 0 < value < math.inf, "must be above 0")
+    require("lr", config, lambda value: 0 < value < math.inf, "must be above 0, and finite")
     require("seed", config, lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295")
     if config.dim % config.num_heads:
         divisors = [str(n) for n in range(1, config.dim + 1) if config.dim % n == 0]
@@ -216,6 +221,8 @@ def check(config: Config, processes: Processes) -> None:
             f"--devices {config.devices}, but {started}. Several processes are started by torchrun, one directly; "
             f"here: {starter} {shlex.join(sys.argv)}"
         )
+    if not config.wandb_project or set(config.wandb_project) & set("/\\#?%:"):
+        raise BadInput(f"--wandb-project {config.wandb_project!r} must be a name without / \\ # ? % :")
     global_batch = config.batch_size * processes.world_size
     if global_batch > config.num_datas:
         raise BadInput(
@@ -254,8 +261,15 @@ def settle_config(
     }
     chosen = {name: value for name, (value, _) in rules.items() if getattr(config, name) is None}
     reasons = {name: rules[name][1] for name in chosen}
-    device, reasons["device"] = choose_device(config.accelerator, processes.local_rank)
+    try:
+        device, reasons["device"] = choose_device(config.accelerator, processes.local_rank)
+    except BadInput as error:
+        if config.resume is None:
+            raise
+        raise BadInput(f"{config.resume} was trained so, and goes on only where one is: {error}") from None
     dtype, reasons["precision"] = choose_precision(config.amp, device, config.dim)
+    if config.resume is not None:
+        reasons |= {"device": "as when the run began", "precision": "as when the run began"}
     chosen["accelerator"] = "gpu" if device.type == "cuda" else device.type
     chosen["amp"] = {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     return dataclasses.replace(config, **chosen, devices=processes.world_size), device, dtype, reasons

@@ -109,10 +109,12 @@ def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
     if holdout == 0:
         return Splits(pairs, pairs, pairs)
     wanted = round(holdout * len(pairs))
+    few = task.num_categories < 5  # so that hardly a pair can be spared
     if wanted < 2:
+        remedy = "give 0" if few else f"give --holdout {2 / len(pairs):g} or more, or 0"
         raise ValueError(
             f"--holdout {holdout:g} of {len(pairs)} pairs is {wanted}: validation and test need one each; "
-            f"give --holdout {2 / len(pairs):g} or more, or 0 to share all pairs"
+            f"{remedy} to share all pairs"
         )
     kinds_of = {pair: task.kinds(pair) for pair in pairs}
     sizes = Counter(kind for pair in pairs for kind in kinds_of[pair])
@@ -128,10 +130,10 @@ def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
                 allowance[kind] -= 1
     if len(held_out) < wanted:
         most = int(100 * len(held_out) / len(pairs)) / 100
-        remedy = f"give {most:g} or less, or 0 to share all pairs" if len(held_out) > 1 else "give 0"
+        remedy = "give 0" if few else f"give {most:g} or less, or 0"
         raise ValueError(
             f"--holdout {holdout:g} would hold out {wanted} of {len(pairs)} pairs, but training would then lack a "
-            f"start, an end or a run length after {len(held_out)}; {remedy}"
+            f"start, an end or a run length after {len(held_out)}; {remedy} to share all pairs"
         )
     train = [pair for pair in pairs if pair not in set(held_out)]
     return Splits(train, sorted(held_out[: wanted // 2]), sorted(held_out[wanted // 2 :]))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from tqdm import tqdm
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells have it
 
@@ -33,6 +34,9 @@ def exit_codes() -> Iterator[None]:
         finish(1, str(error))
     except KeyboardInterrupt:
         finish(INTERRUPTED, "interrupted before there was anything to save")
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (RuntimeError, MemoryError, OSError) as error:
         if not (message := remedy(error)):
             raise
@@ -65,5 +69,5 @@ def finish(code: int, message: str, only_main: bool = True) -> None:
     if not only_main or rank() in (None, "0"):
         label = "error" if code in (1, 2) else "stopped"
         label += f" in process {rank()}" if rank() else ""
-        print(f"{label}: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"{label}: {message}", file=sys.stderr)  # not into the middle of a progress bar
     sys.exit(code)

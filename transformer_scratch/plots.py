@@ -273,13 +273,18 @@ def save_pictures(
     folder: Path, model: Transformer, task: Task, splits: Splits, predictions: dict[Pair, Prediction], pair: Pair,
     clip_norm: float,
 ) -> list[Path]:  # fmt: skip
-    """Draw everything; curves and schedule where the folder has a metrics.jsonl. -> the files, in folder/pictures."""
+    """Draw everything; curves and schedule where the folder has metrics of a run. -> the files, in folder/pictures."""
     figures = draw_run(model, task, splits, predictions, pair)
-    if (folder / "metrics.jsonl").exists():
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if rows := read_metrics(folder / "metrics.jsonl"):
         with rc_context(STYLE):
             figures |= {"curves": draw_curves(rows, task.vocab_size), "schedule": draw_schedule(rows, clip_norm)}
     return save_figures(figures, folder)
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without a last one that a killed process left half written."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def save_figures(figures: dict[str, Figure], folder: Path) -> list[Path]:

@@ -122,7 +122,7 @@ def lock(path: Path) -> object:
 
 def open_run(config: Config, processes: Processes, saved: dict | None) -> RunFolder:
     """Create the folder of a new run, or open the one to resume, on all processes. Raises BadInput."""
-    path = Path(config.resume) if config.resume else processes.from_main(lambda: create_folder(config))
+    path = Path(config.resume) if config.resume is not None else processes.from_main(lambda: create_folder(config))
     run = RunFolder(path, processes)
     run.settings = {**dataclasses.asdict(config), "resume": None}
     run.wandb_id = saved["wandb_id"] if saved else None
@@ -141,7 +141,8 @@ def create_folder(config: Config) -> Path:
         if config.run_dir is not None:
             path = Path(config.run_dir)
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise BadInput(f"--run-dir {path} is not an empty folder; give a new one, or --resume {path}")
+                resume = f", or --resume {path}" if (path / "last.pt").exists() else ""
+                raise BadInput(f"--run-dir {path} is not an empty folder; give a new one{resume}")
             path.mkdir(parents=True, exist_ok=True)
             return path
         for number in itertools.count(1):

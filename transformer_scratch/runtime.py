@@ -5,6 +5,8 @@ import ctypes
 import os
 import platform
 import random
+import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -174,6 +176,14 @@ def compile_model(model: torch.nn.Module) -> str:
     for block in [*model.encoder, *model.decoder]:
         block.compile(dynamic=True)  # batches differ in length
     return "yes: torch.compile; the first step is slow"
+
+
+def typed(program: str) -> str:
+    """What to type for a program of this Python's: its name, or its path where the name would find another or none."""
+    path = os.path.join(os.path.dirname(sys.executable), program)
+    if sys.prefix == sys.base_prefix or shutil.which(program) == path:  # no virtual environment, or an activated one
+        return program
+    return min(path, os.path.relpath(path), key=len)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,6 +1,7 @@
 """What a person reads before, during and after training. Only the main process speaks."""
 
 import sys
+from shlex import quote
 
 from tqdm import tqdm
 
@@ -9,6 +10,7 @@ from transformer_scratch.data import Splits
 from transformer_scratch.evaluation import Prediction, exact_match
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import RunFolder
+from transformer_scratch.runtime import typed
 
 
 def print_start(
@@ -27,18 +29,20 @@ def print_start(
         data = f"{pairs} pairs, shared by training, validation and test, as in the article"
     else:
         data = f"{pairs} pairs: {len(splits.train)} trained, {len(splits.val)} validation, {len(splits.test)} test"
+    heads = "1 head" if config.num_heads == 1 else f"{config.num_heads} heads"
+    warmup = f", reached after {config.warmup_steps} updates" if config.warmup_steps else ""
     precision = {"off": "float32"}.get(config.amp, config.amp)
     global_batch = config.batch_size * config.accumulate * config.devices
     rows = {
         "device": f"{config.accelerator} x {config.devices}{why('device')}",
         "precision": f"{precision}{why('precision')}",
-        "model": f"{parameters:,} parameters: dim {config.dim}, {config.num_heads} heads, "
+        "model": f"{parameters:,} parameters: dim {config.dim}, {heads}, "
         f"{config.num_layers} + {config.num_layers} layers, ffn_dim {config.ffn_dim}{why('ffn_dim')}",
         "data": f"{data}; seq_len {config.seq_len}{why('seq_len')}",
         "epochs": f"{config.max_epochs} of {config.num_datas:,} samples, {global_batch} an update",
-        "lr": f"{config.lr:g}{why('lr')}, reached after {config.warmup_steps} updates",
-        "chance": f"a token guessed at random is right once in {model.output.out_features} times",
-        "run": f"{run.path}{' (resumed)' if config.resume else ''}",
+        "lr": f"{config.lr:g}{why('lr')}{warmup}",
+        "chance": f"a token guessed at random is right one time in {model.output.out_features}",
+        "run": f"{run.path}{' (resumed)' if config.resume is not None else ''}",
         "wandb": tracking,
     }
     if "compile" in reasons:
@@ -72,16 +76,17 @@ def print_stopped(run: RunFolder, step: int) -> None:
 
 def print_finished(run: RunFolder, config: Config) -> None:
     if run.is_main:
+        epochs = "epoch" if config.max_epochs == 1 else f"{config.max_epochs} epochs"
         print(
-            f"{run.path} has finished its {config.max_epochs} epochs already. "
+            f"{run.path} has finished its {epochs} already. "
             f"Go further with: {resume_command(run)} --max-epochs {config.max_epochs + 4}"
         )
 
 
 def resume_command(run: RunFolder) -> str:
     number = run.processes.world_size
-    starter = f"torchrun --standalone --nproc-per-node {number}" if number > 1 else "python"
-    return f"{starter} train.py --resume {run.path}"
+    starter = f"{typed('torchrun')} --standalone --nproc-per-node {number}" if number > 1 else typed("python")
+    return f"{starter} train.py --resume {quote(str(run.path))}"
 
 
 def print_end(run: RunFolder, row: dict, predictions: dict[str, list[Prediction]]) -> None:
@@ -91,4 +96,4 @@ def print_end(run: RunFolder, row: dict, predictions: dict[str, list[Prediction]
     matches = ", ".join(f"{name} {exact_match(answers):.1%}" for name, answers in predictions.items())
     print(f"exact match  {matches} of the pairs (test loss {row['test/loss_epoch']:.4f})")
     print(f"best         {run.path / 'best.pt'}")
-    print(f"next         python evaluate.py --run {run.path}", flush=True)
+    print(f"next         {typed('python')} evaluate.py --run {quote(str(run.path))}", flush=True)

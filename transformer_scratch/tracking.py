@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 import wandb
 
@@ -14,6 +15,7 @@ from transformer_scratch.data import Splits, Task
 from transformer_scratch.evaluation import Prediction, pair_to_show, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import RunFolder
+from transformer_scratch.runtime import typed
 
 broken: set[str] = set()
 
@@ -32,14 +34,15 @@ def never_fatal(name: str) -> Iterator[None]:
 def choose_mode(requested: str) -> tuple[str, str]:
     """-> online, offline or disabled, and why. Never asks for a login, not even where online is asked for."""
     mode, reason = requested, "as asked"
-    if mode == "auto" and os.environ.get("WANDB_MODE"):
-        mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE is set"
+    wanted = {"dryrun": "offline", "run": "online"}.get(os.environ.get("WANDB_MODE"), os.environ.get("WANDB_MODE"))
+    if mode == "auto" and wanted in ("online", "offline", "disabled"):
+        mode, reason = wanted, "WANDB_MODE is set"
     if mode not in ("auto", "online"):
         return mode, reason
     with never_fatal("the W&B login"):
         if wandb.login(prompt=False, verify=False):
             return "online", "you are logged in"
-        return "offline", "no API key; `wandb login` once to go online"
+        return "offline", f"no API key; `{typed('wandb')} login` once to go online"
     return "offline", "the API key was not accepted"
 
 
@@ -78,7 +81,8 @@ def start_wandb(config: Config, run: RunFolder) -> str:
         if mode == "online":
             line += f"; {wandb.run.url}"
         if mode == "offline":
-            line += f"\n             look at it: wandb leet {where}\n             upload it:  wandb sync {where}"
+            for purpose, command in (("look at it:", "leet"), ("upload it: ", "sync")):
+                line += f"\n             {purpose} {typed('wandb')} {command} {quote(str(where))}"
         return line
     return "off, because it could not be started"
 

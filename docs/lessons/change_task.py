@@ -6,6 +6,7 @@ python -m docs.lessons.change_task add         7 8 9 -> 2 4
 """
 
 import sys
+import tempfile
 from itertools import product
 
 import train
@@ -37,4 +38,6 @@ class Add(Sort):
 if __name__ == "__main__":
     name, *flags = sys.argv[1:] or ["sort"]
     train.Task = config.Task = {"sort": Sort, "reverse": Reverse, "add": Add}[name]
-    train.main(["--num-layers", "2", "--wandb", "disabled", *flags])
+    # Not into runs/, where evaluate.py would take the newest for one that counts.
+    folder = ["--run-dir", tempfile.mkdtemp(prefix=f"{name}-")]
+    train.main(["--num-layers", "2", "--wandb", "disabled", *folder, *flags])

@@ -9,28 +9,30 @@ import time
 from pathlib import Path
 
 import pytest
-from plants import signal_at_step, signal_in_save, signal_in_validation
+from plants import signal_at_step, signal_in_save, signal_while_answering
 from trainings import SMALL, fingerprint
 
 from transformer_scratch.checkpoint import load_checkpoint
 
 PROJECT = Path(__file__).resolve().parents[2]
 NEW = ["--run-dir", "run"]
-MOMENTS = {
-    "in a step": functools.partial(signal_at_step, 4),
-    "in validation": signal_in_validation,
-    "in a save": signal_in_save,
+MOMENTS = {  # and the update at which the run then stops
+    "in a step": (functools.partial(signal_at_step, 4), 4),
+    "in validation": (functools.partial(signal_while_answering, 1), 6),
+    "in a save": (signal_in_save, 6),
+    "in the test": (functools.partial(signal_while_answering, 3), 12),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_one_signal_saves_and_the_exit_code_says_which(run, undisturbed, moment, number, code):
-    got, output = run(*SMALL, *NEW, plant=functools.partial(MOMENTS[moment], number))
+    plant, step = MOMENTS[moment]
+    got, output = run(*SMALL, *NEW, plant=functools.partial(plant, number))
     assert got == code
-    step = 4 if moment == "in a step" else 6
     assert load_checkpoint(Path("run/last.pt"))["step"] == step
-    assert f"stopped after step {step}; nothing is lost. Go on with: python train.py --resume run" in output
+    assert f"stopped after step {step}; nothing is lost. Go on with: " in output
+    assert "python train.py --resume run\n" in output
     assert "Traceback" not in output
     assert run("--resume", "run")[0] == 0
     assert fingerprint(Path("run")) == undisturbed(*SMALL)
