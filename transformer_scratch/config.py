@@ -55,14 +55,14 @@ class DataOptions:
 class TrainingOptions:
     """The loop: how long, in what steps."""
 
-    max_epochs: int = 5
+    max_epochs: int = 7
     """Epochs to train; there is no early stopping."""
     batch_size: int = 128
     """Samples per process in one forward and backward pass."""
     accumulate: int = 1
     """Batches whose gradients make up one update."""
     lr: float | None = None
-    """Learning rate of AdamW after the warm-up, constant. None: 1.5e-3 x 32 / --dim."""
+    """Learning rate of AdamW after the warm-up, constant. None: 1e-3 x (32 / --dim)^(5/6)."""
     warmup_steps: int = 100
     """Updates over which the learning rate rises linearly to --lr. 0 = off."""
     weight_decay: float = 0.1
@@ -255,7 +255,7 @@ def settle_config(
     -> the full configuration, the device, the type of mixed precision, and a reason for each choice. Raises BadInput.
     """
     rules = {
-        "lr": (float(f"{1.5e-3 * 32 / config.dim:.3g}"), "1.5e-3 x 32 / dim"),
+        "lr": (float(f"{1e-3 * (32 / config.dim) ** (5 / 6):.3g}"), "1e-3 x (32 / dim)^(5/6)"),
         "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
         "seq_len": (default_seq_len(config), "num_categories + 6"),
     }

@@ -148,7 +148,7 @@ def draw_attention(
 def plain_numbers(axes: Axes) -> None:
     """Label a logarithmic y axis 0.1, 1, 10 instead of with powers."""
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.7)))
 
 
 def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
@@ -160,8 +160,8 @@ def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
 
     figure = Figure(figsize=(15, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(*points("train/loss_step"), color=GREY, label="training, each update", linewidth=1.5)
-    left.plot(*points("train/loss_epoch"), "o-", color=ORANGE, label="training, epoch mean\n(with dropout)")
+    left.plot(*points("train/loss_step"), color="#999999", label="training, each update\n(with dropout)", linewidth=1.5)
+    left.plot(*points("train/loss_epoch"), "o-", color=ORANGE, label="training, mean of the epoch")
     left.plot(*points("val/loss_epoch"), "s-", color=BLUE, label="validation (no dropout)")
     guessing = f"guessing: ln {vocab_size} = {math.log(vocab_size):.2f}"
     left.axhline(math.log(vocab_size), color="black", linestyle=":", label=guessing)
