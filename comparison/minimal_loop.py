@@ -14,8 +14,8 @@ from transformer_scratch.model import Transformer
 
 SEED = 42
 DIM, NUM_HEADS, NUM_LAYERS, DROPOUT = 32, 1, 6, 0.1
-NUM_DATAS, BATCH_SIZE, NUM_EPOCHS = 12_800, 128, 5
-LEARNING_RATE, WEIGHT_DECAY = 1.5e-3, 0.1
+NUM_DATAS, BATCH_SIZE, NUM_EPOCHS = 12_800, 128, 7
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
 
 
 def token_loss(model: Transformer, batch: Batch) -> torch.Tensor:

@@ -195,7 +195,7 @@ def test_no_held_out_pair_is_ever_trained_on(train, monkeypatch):
 def test_the_chance_rate_is_that_of_a_token(capsys, train):
     """One token of 14, not 1 / seq_len."""
     run = train(*TINY, "--max-epochs", 1)
-    assert "right once in 14 times" in capsys.readouterr().out
+    assert "right one time in 14" in capsys.readouterr().out
     evaluate_script.main(["--run", str(run), "--no-pictures"])
     assert "chance rate : 0.07143\n" in capsys.readouterr().out
     assert f"{1 / TASK.seq_len:.4g}" == "0.0625", "what the article prints"
