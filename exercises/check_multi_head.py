@@ -35,6 +35,6 @@ def test_output():
 
 
 def test_mask():
-    mask = torch.tensor([True, True, False, True, False])
+    mask = torch.tensor([[True, True, False, True, False]])
     result, expected = yours()(X, MEMORY, mask), REFERENCE(X, MEMORY, mask)
     assert torch.allclose(result, expected, atol=1e-6), "pass the mask on to the attention of the heads"

@@ -146,16 +146,18 @@ def test_hidden_keys_change_nothing(path):
     assert not torch.allclose(layer(x, memory), layer(x, changed))
 
 
-def test_the_fused_kernel_runs_where_sequences_are_long(monkeypatch):
-    layer = MultiHeadAttention(DIM, H)
+@pytest.mark.parametrize(
+    ("dtype", "length", "fused"),
+    [(torch.float32, 16, True), (torch.bfloat16, 16, False), (torch.bfloat16, 600, True)],
+)
+def test_the_fused_kernel_runs_where_it_is_faster(monkeypatch, dtype, length, fused):
+    layer = MultiHeadAttention(DIM, H).to(dtype)
     kernel = F.scaled_dot_product_attention
     used = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: used.append(1) or kernel(*a, **k))
-    for length, fused in ((16, False), (200, True)):
-        used.clear()
-        x = torch.randn(2, length, DIM)
-        layer(x, x)
-        assert bool(used) == fused
+    x = torch.randn(2, length, DIM, dtype=dtype)
+    layer(x, x)
+    assert bool(used) == fused
 
 
 def test_heads_must_divide_dim():

@@ -3,7 +3,7 @@
 Shapes: B batch, H heads, T query positions, S key positions, D model width (dim), K head width (dim / H).
 
 The one mask convention of this project: a mask is boolean, True at (i, j) means that query i may attend to key j,
-and it broadcasts to (B, H, T, S).
+and it broadcasts to (B, H, T, S) from two dimensions at least.
 """
 
 import math
@@ -78,8 +78,9 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
 
 
 def is_fused_faster(query: Tensor, key: Tensor) -> bool:
-    """On a GPU always; on a CPU the formula wins at a few dozen tokens, by far in bfloat16 (docs/performance.md)."""
-    return query.device.type != "cpu" or query.size(2) * key.size(2) > 64 * 64
+    """Nearly always. On a CPU in bfloat16 the formula wins, by far at a few dozen tokens (docs/performance.md)."""
+    is_cpu_bfloat16 = query.device.type == "cpu" and query.dtype is torch.bfloat16
+    return not is_cpu_bfloat16 or query.size(2) * key.size(2) > 512 * 512
 
 
 class MultiHeadAttention(nn.Module):
