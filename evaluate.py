@@ -55,7 +55,8 @@ def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
             raise BadInput(f"--checkpoint {file}: no such file; give best, last or a path, runs/<name>/epoch=3.pt")
         return load_checkpoint(file), file, file.parent if arguments.run is None else Path(arguments.run)
     folder = newest_run() if arguments.run is None else Path(arguments.run)
-    others = {"best": [*sorted(folder.glob("epoch=*.pt")), folder / "last.pt"], "last": [folder / "previous.pt"]}
+    latest_first = sorted(folder.glob("epoch=*.pt"), key=lambda file: file.stat().st_mtime, reverse=True)
+    others = {"best": [*latest_first, folder / "last.pt"], "last": [folder / "previous.pt"]}
     candidates = [folder / f"{arguments.checkpoint}.pt", *others[arguments.checkpoint]]
     if not any(file.exists() for file in candidates):
         raise CheckpointError(f"--run {folder}: there is no checkpoint in it; train one with: python train.py")

@@ -138,7 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
             num_tokens += batch.num_tokens
             with never_fatal("W&B"):
                 wandb.log({f"{split}/loss_step": loss, f"{split}/batch": index})
-        return processes.mean(loss_sum, num_tokens)
+        mean = processes.mean(loss_sum, num_tokens)
+        if not math.isfinite(mean):
+            raise TrainingFault(f"the {split} loss is {mean} after step {step}; try a smaller --lr")
+        return mean
 
     def stop_if_asked() -> None:
         if exit_code := stop.exit_code():

@@ -21,6 +21,8 @@ SIGNAL_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
+# What they expect is a CPU's: its precision, its messages.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Exactness needs a fixed number of threads, in subprocesses too: another number adds up sums in another order.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

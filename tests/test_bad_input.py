@@ -11,7 +11,7 @@ from conftest import PROJECT, TINY
 
 import evaluate as evaluate_script
 import train as train_script
-from transformer_scratch.checkpoint import save_checkpoint
+from transformer_scratch.checkpoint import load_checkpoint, save_checkpoint
 from transformer_scratch.errors import exit_codes
 
 
@@ -223,7 +223,17 @@ def test_pairs_that_are_no_pairs(refused, train, pair, reason):
 def test_a_resumed_run_keeps_its_settings(refused, train, flags):
     run = train(*TINY)
     message = refused("--resume", run, *flags.split())
-    assert f"{flags.split()[0]} cannot change" in message and "--max-epochs" in message
+    assert all(word in message for word in flags.split() if word.startswith("--"))
+    assert "cannot change" in message and "--max-epochs" in message
+
+
+def test_a_run_of_a_gpu_goes_on_only_where_one_is(refused, train):
+    run = train(*TINY)
+    content = load_checkpoint(run / "last.pt")
+    content["config"]["accelerator"] = "gpu"
+    save_checkpoint(run / "last.pt", content)
+    message = refused("--resume", run, "--max-epochs", 3)
+    assert f"{run} was trained so, and goes on only where one is" in message
 
 
 def test_fewer_epochs_than_done(refused, train):

@@ -176,16 +176,19 @@ def saved_config(saved: dict, origin: object) -> Config:
 
 def keep_settings(before: Config, config: Config) -> Config:
     """The configuration of a resumed run. Raises BadInput where it would change what the run has computed so far."""
+    changed = []
     for field in dataclasses.fields(Config):
         old, new = getattr(before, field.name), getattr(config, field.name)
         if new is None or (new == "auto" and field.name in ("accelerator", "amp")):  # chosen when the run began
             config = dataclasses.replace(config, **{field.name: old})
         elif old != new and field.name not in CHANGEABLE_ON_RESUME:
-            allowed = ", ".join(flag(name) for name in sorted(CHANGEABLE_ON_RESUME - {"resume"}))
-            raise BadInput(
-                f"{flag(field.name)} cannot change in a resumed run: it was {old}, now {new}. Leave it out, or start "
-                f"a new run. These may change: {allowed}"
-            )
+            changed.append(f"{flag(field.name)} (it was {old}, now {new})")
+    if changed:
+        allowed = ", ".join(flag(name) for name in sorted(CHANGEABLE_ON_RESUME - {"resume"}))
+        raise BadInput(
+            f"{', '.join(changed)} cannot change in a resumed run. Leave it out, or start a new run. "
+            f"These may change: {allowed}"
+        )
     return config
 
 

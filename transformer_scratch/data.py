@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 Pair = tuple[int, int]
+WORKER_TIMEOUT = 600  # seconds; a data worker that hangs must not hold the run up for ever
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,7 @@ def make_loader(sampler: BatchSampler, num_workers: int = 0, pin_memory: bool = 
         worker_init_fn=own_process_group,
         pin_memory=pin_memory,
         generator=torch.Generator(),
+        timeout=WORKER_TIMEOUT if num_workers else 0,
     )
 
 

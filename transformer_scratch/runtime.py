@@ -92,10 +92,7 @@ def start_processes() -> Processes:
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore("transformer_scratch", store)
     if world_size > 1:
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "cpu:gloo,cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         own_store = dist.PrefixStore(name_of_this_start(store, rank, world_size), store)
         dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
         atexit.register(dist.destroy_process_group)
@@ -132,7 +129,15 @@ def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, 
         found, reason = accelerator, "as asked"
     if not has[found]:
         raise BadInput(f"--accelerator {found}, but PyTorch finds none here; --accelerator cpu works everywhere")
-    return torch.device("cuda", local_rank) if found == "gpu" else torch.device(found), reason
+    if found != "gpu":
+        return torch.device(found), reason
+    if local_rank >= torch.cuda.device_count():
+        raise BadInput(
+            f"process {local_rank + 1} of this machine has no GPU of its own (found: {torch.cuda.device_count()}); "
+            "start fewer with --nproc-per-node, or give --accelerator cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank), reason
 
 
 def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[torch.dtype | None, str]:

@@ -195,17 +195,18 @@ def raise_in_dataset(batch: int) -> None:
     data.PairDataset.__getitem__ = failing
 
 
-def kill_a_worker() -> None:
-    """Kill the worker that prepares the fourth batch."""
+def in_a_worker(fault: Callable[[], None]) -> None:
+    """Let a fault happen in the worker that prepares the fourth batch."""
     fetch, main = data.PairDataset.__getitem__, os.getpid()
     calls = iter(range(1, 10**6))
 
-    def killed(dataset: data.PairDataset, item: tuple) -> data.Batch:
-        if os.getpid() != main and next(calls) == 2:
-            kill()
+    def faulty(dataset: data.PairDataset, item: tuple) -> data.Batch:
+        if os.getpid() != main and next(calls) == 2:  # of two workers, one prepares batches 2, 4, 6, ...
+            fault()
         return fetch(dataset, item)
 
-    data.PairDataset.__getitem__ = killed
+    data.PairDataset.__getitem__ = faulty
+    data.WORKER_TIMEOUT = 1
 
 
 def little_memory() -> None:

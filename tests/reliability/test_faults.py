@@ -18,7 +18,8 @@ import torch
 from plants import (
     bad_number_at_batch,
     chain,
-    kill_a_worker,
+    in_a_worker,
+    kill,
     little_memory,
     raise_at_step,
     raise_in_dataset,
@@ -54,6 +55,18 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(run, undisturbed, num
     resumes_undisturbed(run, undisturbed)
 
 
+def test_a_validation_loss_that_is_no_number_is_not_saved_either(run):
+    """One update so large that the weights overflow in the next forward pass; its own loss is still a number."""
+    one_update = ["--num-datas", "128", "--batch-size", "128", "--lr", "1e30", "--warmup-steps", "0"]
+    code, output = run(*SMALL, *one_update, "--run-dir", "run")
+    assert code == 1
+    assert "the val loss is nan after step 1" in output
+    assert "Traceback" not in output
+    assert sorted(file.name for file in Path("run").glob("*.pt")) == ["last.pt"]
+    assert all(torch.isfinite(weight).all() for weight in load_checkpoint(Path("run/last.pt"))["model"].values())
+    assert "NaN" not in Path("run/metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "plant", "message"),
     [
@@ -62,7 +75,18 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(run, undisturbed, num
         pytest.param(
             ["--num-workers", "2"], functools.partial(raise_in_dataset, 3), "a damaged sample", id="in a worker"
         ),
-        pytest.param(["--num-workers", "2"], kill_a_worker, "is killed by signal: Killed", id="worker killed"),
+        pytest.param(
+            ["--num-workers", "2"],
+            functools.partial(in_a_worker, kill),
+            "is killed by signal: Killed",
+            id="worker killed",
+        ),
+        pytest.param(
+            ["--num-workers", "2"],
+            functools.partial(in_a_worker, signal.pause),
+            "timed out after 1 seconds",
+            id="worker hangs",
+        ),
     ],
 )
 def test_a_crash_keeps_its_traceback_and_the_run(run, undisturbed, flags, plant, message):
