@@ -22,7 +22,7 @@ from tqdm import tqdm
 PROJECT = Path(__file__).resolve().parent.parent
 FLAGS = {
     "ten-digits": [],
-    "thirty-digits": ["--num-categories", "30", "--max-epochs", "12"],
+    "thirty-digits": ["--num-categories", "30", "--max-epochs", "4"],
     "paper-size": ["--dim", "512", "--num-heads", "8"],
 }
 

@@ -46,7 +46,7 @@ class Arguments:
 
     seeds: tuple[int, ...] = (101, 102, 103)
     """The seeds, one run each and kind."""
-    max_epochs: int = 5
+    max_epochs: int = 3
     """Epochs a run."""
 
 

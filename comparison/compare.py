@@ -4,7 +4,8 @@
     python -m comparison.compare --dim 64 --amp bf16   any flags of train.py
     python -m comparison.compare --page                also one HTML file that shows both loops side by side
 
-Exit code 0 only if all losses and all weights are equal to the last bit.
+Lightning's times include its Recorder, which writes what train.py writes into metrics.jsonl; python -m comparison.speed
+leaves it out. Exit code 0 only if all losses and all weights are equal to the last bit.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def table(parity: Parity, measures: dict, lines: dict, folder: Path) -> list[tup
         ("loss of every step", "", yes[parity.max_loss_difference == 0]),
         ("weights at the end", "", yes[parity.weights_equal]),
         *((name, "", yes[equal]) for name, equal in parity.others.items()),
-        ("updates skipped by fp16 overflow", str(parity.skipped), str(parity.skipped)),
+        ("updates skipped by fp16 overflow", *map(str, parity.skipped)),
         ("milliseconds a step", *measured("step_ms", "{:.2f}")),
         ("microseconds of it around the model", *measured("around_us", "{:.0f}")),
         ("seconds until the first update", *measured("startup_s", "{:.1f}")),

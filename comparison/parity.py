@@ -15,7 +15,7 @@ class Parity:
 
     losses: list[tuple[float, float]]  # (train.py, Lightning) for every update
     epoch_figures: dict[str, tuple[float, float]]  # epoch means, exact matches, the test's results
-    skipped: int  # updates that fp16 overflow skipped, in train.py
+    skipped: tuple[int, int]  # updates that fp16 overflow skipped, in each
     max_loss_difference: float
     weights_equal: bool
     others: dict[str, bool] = field(default_factory=dict)  # norms, learning rates, states at the end: equal or not
@@ -83,7 +83,7 @@ def compare_runs(plain: Path, lightning: Path) -> Parity:
     return Parity(
         losses=losses,
         epoch_figures=figures,
-        skipped=sum("skipped" in row for row in our_steps),
+        skipped=tuple(sum("skipped" in row for row in rows) for rows in (our_steps, their_steps)),
         max_loss_difference=max((math.inf if math.isnan(gap) else gap for gap in gaps), default=math.inf),
         weights_equal=same(dict(ours["model"]), dict(theirs["model"])),
         others={

@@ -2,6 +2,9 @@
 
 With one process, `--accumulate 1` and float32 none of them is needed: then plain Lightning gives the same bits.
 A test takes each one out in turn and sees the numbers part.
+
+autocast keeps the weights that it has cast until it is left. That parts the two only where a weight is multiplied twice
+inside it, and none is here: both programs leave it after each batch.
 """
 
 from collections.abc import Sequence

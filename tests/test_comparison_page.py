@@ -22,7 +22,7 @@ SOURCE = (PROJECT / "train.py").read_text()
 
 def example(folder: Path) -> Path:
     losses = [(3 * math.exp(-step / 80), 3 * math.exp(-step / 80)) for step in range(300)]
-    parity = Parity(losses, {}, skipped=0, max_loss_difference=0.0, weights_equal=True)
+    parity = Parity(losses, {}, skipped=(0, 0), max_loss_difference=0.0, weights_equal=True)
     return page.write_page(folder, parity, [("milliseconds a step", "10.25", "14.50")])
 
 

@@ -43,7 +43,7 @@ class DataOptions:
     """Digits of the task; 10 make 100 pairs, 30 make 900."""
     seq_len: int | None = None
     """Length of a padded sequence. None: --num-categories + 6, so 16 for ten digits."""
-    num_datas: int = 12_800
+    num_datas: int = 38_400
     """Training samples in an epoch, drawn with repetition from the training pairs."""
     holdout: float = 0.2
     """Share of the distinct pairs kept out of training, for validation and test. 0 = all share them (the article)."""
@@ -55,7 +55,7 @@ class DataOptions:
 class TrainingOptions:
     """The loop: how long, in what steps."""
 
-    max_epochs: int = 7
+    max_epochs: int = 3
     """Epochs to train; there is no early stopping."""
     batch_size: int = 128
     """Samples per process in one forward and backward pass."""
