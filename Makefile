@@ -29,7 +29,9 @@ test:  ## the quick tests, under 5 minutes
 	$(INSTALL_ALL)
 	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest $(ARGS)
 
-test-all:  ## the long ones too; what the machine lacks (a GPU, a browser, root) is left out by its marker
+# What not every machine has is left out by a marker. With it: make test-all ARGS="-m root" (as root, Linux) and
+# make test-all ARGS="-m browser" (Chromium and pip install selenium).
+test-all:  ## the long ones too
 	$(INSTALL_ALL)
 	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest -m "not gpu and not browser and not root" $(ARGS)
 

@@ -44,7 +44,7 @@ def waterfall(ways: Ways, dtype: torch.dtype | None) -> dict[str, Callable[[], N
     steps = {
         "the article's way": ways.article(),
         "+ batches fetched whole": ways.article(item_by_item=False),
-        "+ dropout only where the paper has it": ways.ours(**plain, torch_dropout=True, fused=False),
+        "+ our model, dropped out only where the paper does": ways.ours(**plain, torch_dropout=True, fused=False),
         "+ dropout drawn four at a time": ways.ours(**plain, fused=False),
         "+ fused optimizer": ways.ours(**plain),
         "+ batches cut to their longest": ways.ours(padded_loss),
@@ -68,7 +68,7 @@ def against_torch(ways: Ways, dtype: torch.dtype | None) -> dict[str, Callable[[
 
 
 def against_lightning(options: Arguments) -> dict[str, Timing]:
-    """Whole programs: train.py and its twin, logging and all. The median update of each run counts."""
+    """Whole programs: train.py and its twin, all but W&B. The median update of each run counts."""
     from benchmarks.programs import run_lightning, run_train, update_seconds
 
     flags = {"dim": options.dim, "num-heads": options.num_heads, "num-layers": options.num_layers}

@@ -11,6 +11,7 @@ from benchmarks import decode, scaling, startup, throughput, where_time_goes
 from benchmarks.article_baseline import ArticleTransformer, article_loader
 from benchmarks.measure import Timing, interleave
 from benchmarks.ways import Ways, packed_loss, padded_loss
+from transformer_scratch import attention
 from transformer_scratch.attention import padding_mask
 from transformer_scratch.data import PairDataset, Task, make_loader
 from transformer_scratch.model import Transformer
@@ -156,8 +157,9 @@ def test_a_token_left_out_by_mistake_is_noticed():
     assert not torch.isclose(packed[later], right[later], atol=1e-3).all(dim=1).any()
 
 
-def test_packing_with_the_fused_kernel_too():
-    """Beyond 64 positions attention is computed by PyTorch's kernel."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_packing_with_either_way_of_attention(monkeypatch, fused):
+    monkeypatch.setattr(attention, "is_fused_faster", lambda query, key: fused)
     task = Task(num_categories=80, seq_len=90)
     torch.manual_seed(0)
     model = Transformer(task.vocab_size, 16, 2, 1, dropout=0.0, pad_id=task.pad_id)
