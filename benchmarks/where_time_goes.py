@@ -18,6 +18,7 @@ from transformer_scratch.runtime import choose_precision, keep_freed_memory
 # The operators that do the work, without those that only call them.
 KINDS = {
     "matrix products": {"mm", "addmm", "bmm", "mkldnn_linear", "_mkl_linear", "baddbmm"},
+    "attention's kernel": {f"_scaled_dot_product_flash_attention_for_cpu{way}" for way in ("", "_backward")},
     "softmax and masks": {"_softmax", "_softmax_backward_data", "masked_fill", "masked_fill_", "bitwise_not", "tril"},
     "layer norm": {"native_layer_norm", "native_layer_norm_backward"},
     "dropout's random numbers": {"random_", "ge"},
