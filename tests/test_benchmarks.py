@@ -62,7 +62,8 @@ def test_contenders_take_turns():
 
 
 @pytest.mark.parametrize("digits", [(4, 4), (2, 7)])
-def test_useful_operations_are_those_that_pytorch_counts_where_nothing_is_padded(digits):
+def test_useful_operations_are_those_that_pytorch_counts_where_nothing_is_padded(monkeypatch, digits):
+    monkeypatch.setattr(attention, "is_fused_faster", lambda query, key: False)  # PyTorch cannot count in the kernel
     ways = Ways(dim=32, num_heads=2, num_layers=2, batch_size=8)
     ways.data = PairDataset(TASK, [digits] * 8)
     batch = ways.data[torch.arange(8), 0]
