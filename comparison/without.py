@@ -103,8 +103,11 @@ def effects(before: Observed, after: Observed) -> list[str]:
     return found
 
 
-def measure(tag: str, source: str, training: list[str], references: dict) -> list[str]:
-    """The effects of taking this tag's line out. references keeps the trainings with all lines, by their flags."""
+def measure(tag: str, source: str, training: list[str], references: dict) -> tuple[list[str], str]:
+    """The effects of taking this tag's line out, and the speed, which is never quite the same twice.
+
+    references keeps the trainings with all lines, by their flags.
+    """
     flags = [*training, *FLAGS.get(tag, [])]
     two, on_meta = "--devices" in flags, tag in ON_META
 
@@ -114,7 +117,9 @@ def measure(tag: str, source: str, training: list[str], references: dict) -> lis
     key = (*flags, on_meta)
     if key not in references:
         references[key] = look(source)
-    return effects(references[key], look(take_out(source, tag)))
+    before, after = references[key], look(take_out(source, tag))
+    speeds = [f"{seen.batch_ms:.1f}" if seen.batch_ms else "-" for seen in (before, after)]
+    return effects(before, after), f"{' → '.join(speeds)} ms a batch"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -125,12 +130,13 @@ def main(arguments: list[str] | None = None) -> None:
     references: dict = {}
     useless = []
     for tag in tqdm(arguments or tags(source), unit="tag", disable=not sys.stderr.isatty()):
-        found = measure(tag, source, TRAINING, references)
+        found, speed = measure(tag, source, TRAINING, references)
         tqdm.write(
             f"{tag}\n    {' '.join(FLAGS.get(tag, []))}{'on a device that is not the CPU' * (tag in ON_META)}".rstrip()
         )
         for effect in found or ["NOTHING CHANGES"]:
             tqdm.write(f"    - {effect}")
+        tqdm.write(f"    ({speed})")
         useless += [] if found else [tag]
     sys.exit(1 if useless else 0)
 
