@@ -30,7 +30,7 @@ HIDDEN = [
     Hidden(
         "model to the device", "moves the model, then builds the optimizer",
         f"{PL}/strategies/strategy.py:setup", "accelerator=config.accelerator",
-        "stops at the first batch: `Tensor on device cpu is not on the expected device`",
+        "stops at the first batch: the weights are not where its tensors are",
     ),
     Hidden(
         "gradients averaged over the processes", "wraps the model in DistributedDataParallel, in `fit` only",
