@@ -1,7 +1,7 @@
 """What saving costs: the share of a run's time that goes into writing states, and what one save takes.
 
     python -m benchmarks.saving                        the default run
-    python -m benchmarks.saving --flags "--dim 512 --num-heads 8 --num-datas 2560 --max-epochs 2"
+    python -m benchmarks.saving --flags="--dim 512 --num-heads 8 --num-datas 2560 --max-epochs 2"
 
 The training is train.py's own, in this process; a clock stands around every save that it makes.
 """
@@ -26,7 +26,7 @@ class Arguments(Options):
     """Measure what saving costs in a training."""
 
     flags: str = ""
-    """Flags of train.py, in one string."""
+    """Flags of train.py, in one string, behind an equals sign."""
 
 
 @dataclass
