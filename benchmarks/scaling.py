@@ -135,6 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def draw(options: Arguments, curves: dict[str, list[dict]]) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     grid = figure.subplots(2, len(curves), sharey="row", squeeze=False)
@@ -145,9 +146,13 @@ def draw(options: Arguments, curves: dict[str, list[dict]]) -> None:
         grid[1, column].set_xlabel(name)
         for axes in grid[:, column]:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.grid(alpha=0.3)
     grid[0, 0].set_ylabel("ms a step")
     grid[1, 0].set_ylabel("MiB a process")
+    figure.suptitle("Time and memory of a training step as one thing grows")
     save_picture(options, "scaling", figure)
 
 

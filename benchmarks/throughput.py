@@ -139,15 +139,15 @@ def main(arguments: list[str] | None = None) -> None:
 def draw(options: Arguments, name: str, falls: dict[str, Timing], size: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots()
     speeds = [options.batch_size / timing.median for timing in falls.values()]
     bars = axes.barh(list(falls), speeds, color=["#888", *["#8bc"] * (len(speeds) - 2), "#2a7"])
     axes.bar_label(bars, [f"{number(speed)}  ({speed / speeds[0]:.2f} x)" for speed in speeds], padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)
     axes.set_xlabel("training samples a second")
-    axes.set_title(size, fontsize=10)
+    axes.set_title(f"From the article's way to ours: {size}", fontsize=10)
     save_picture(options, name, figure)
 
 

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 def draw(options: Options, name: str, milliseconds: dict[str, float], size: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     total = sum(milliseconds.values())
     bars = axes.barh(list(milliseconds), list(milliseconds.values()), color="#2a7")
@@ -91,7 +91,7 @@ def draw(options: Options, name: str, milliseconds: dict[str, float], size: str)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("ms a training step")
-    axes.set_title(size, fontsize=10)
+    axes.set_title(f"Where a training step spends its time: {size}", fontsize=10)
     save_picture(options, name, figure)
 
 
