@@ -45,7 +45,7 @@ def test_its_process_killed_in_the_middle(undisturbed):
     assert text.count("warning: W&B failed") == 1
     training, end = text.split("exact match  ")
     assert "Traceback" not in training
-    assert "next         python evaluate.py" in end  # wandb itself complains once more when the interpreter ends
+    assert "python evaluate.py --run run" in end  # wandb itself complains once more when the interpreter ends
     assert fingerprint(Path("run")) == undisturbed(*SMALL, "--max-epochs", "40")
 
 
