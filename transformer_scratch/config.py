@@ -84,7 +84,7 @@ class HardwareOptions:
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """Mixed precision. fp16 scales the loss, bf16 need not. auto: what the device computes fast."""
     compile: bool = False
-    """Compile the model with torch.compile: a slow start, then faster steps (measure it)."""
+    """Compile the model with torch.compile. The first step is slow; what later ones gain depends on the machine."""
 
 
 @dataclass
