@@ -22,7 +22,7 @@ from transformer_scratch.errors import BadInput, exit_codes
 from transformer_scratch.evaluation import Prediction, exact_match, pair_to_show, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import newest_run
-from transformer_scratch.runtime import choose_device
+from transformer_scratch.runtime import choose_device, prepare_cpu
 
 
 @dataclass
@@ -143,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     content, file, folder = load_run(arguments)
     config = saved_config(content, file)
     device, _ = choose_device(arguments.accelerator)
+    prepare_cpu(config.dim, config.batch_size)
     task = Task(config.num_categories, config.seq_len)
     splits = split_pairs(task, config.holdout, config.seed)
     pair = arguments.pair or pair_to_show(task, splits.test)
@@ -161,6 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
     predictions = {prediction.pair: prediction for prediction in predict(model, task, task.all_pairs())}
     result = results(predictions, splits, mean_loss(model, PairDataset(task, task.all_pairs()), device))
     print_article_block(task, predictions[pair])
+    print(f"({pair[0]} {pair[1]} was {'trained' if pair in splits.train else 'never trained'}; "
+          f"{task.start_id} starts, {task.end_id} ends, {task.pad_id} pads)")  # fmt: skip
     try:
         temporary = folder / "evaluation.json.tmp"
         temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -28,7 +28,7 @@ from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.run_folder import RunFolder, open_run
 from transformer_scratch.runtime import (
     compile_model,
-    keep_freed_memory,
+    prepare_cpu,
     rng_state,
     seed_everything,
     set_rng_state,
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop = StopRequest(processes)
     seed_everything(config.seed)  # [hidden: seeding]
     torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
+    reasons["threads"] = prepare_cpu(config.dim, config.batch_size)
 
     task = Task(config.num_categories, config.seq_len)
     splits = split_pairs(task, config.holdout, config.seed)

@@ -27,7 +27,7 @@ from transformer_scratch.errors import BadInput, exit_codes
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
-from transformer_scratch.runtime import RUNS, compile_model, keep_freed_memory, start_processes
+from transformer_scratch.runtime import RUNS, compile_model, prepare_cpu, start_processes
 from transformer_scratch.tracking import choose_mode
 
 
@@ -99,7 +99,7 @@ def main(
     config, device, _, _ = settle_config(config, processes)
     pl.seed_everything(config.seed)
     torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
+    prepare_cpu(config.dim, config.batch_size)
 
     task = Task(config.num_categories, config.seq_len)
     splits = split_pairs(task, config.holdout, config.seed)

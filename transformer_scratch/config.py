@@ -80,7 +80,7 @@ class HardwareOptions:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     devices: int = 1
-    """Number of processes, one a device; above 1 the program is started by torchrun."""
+    """Number of processes, one a device. Above 1, start it with torchrun; without it, the error says how."""
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """Mixed precision. fp16 scales the loss, bf16 need not. auto: what the device computes fast."""
     compile: bool = False

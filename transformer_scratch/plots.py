@@ -168,7 +168,7 @@ def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
     left.set(yscale="log", xlabel="update", ylabel="loss per token (log scale)")
     left.set_title("Loss: how far below guessing?")
     plain_numbers(left)
-    left.legend(loc="best")
+    left.legend(loc="lower left")
     right.plot(*points("val/exact_match"), "s-", color=BLUE, label="validation pairs")
     right.plot(*points("test/exact_match"), "*", color=RED, markersize=22, label="test pairs, best weights")
     right.set(ylim=(-0.03, 1.03), xlim=left.get_xlim(), xlabel="update", ylabel="share of whole answers right")

@@ -3,6 +3,7 @@
 import sys
 from shlex import quote
 
+import torch
 from tqdm import tqdm
 
 from transformer_scratch.config import Config
@@ -35,6 +36,7 @@ def print_start(
     global_batch = config.batch_size * config.accumulate * config.devices
     rows = {
         "device": f"{config.accelerator} x {config.devices}{why('device')}",
+        "threads": f"{torch.get_num_threads()}{why('threads')}",
         "precision": f"{precision}{why('precision')}",
         "model": f"{parameters:,} parameters: dim {config.dim}, {heads}, "
         f"{config.num_layers} + {config.num_layers} layers, ffn_dim {config.ffn_dim}{why('ffn_dim')}",

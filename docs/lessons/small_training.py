@@ -10,6 +10,7 @@ from transformer_scratch.data import Batch, BatchSampler, Pair, PairDataset, Tas
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
+from transformer_scratch.runtime import prepare_cpu
 
 
 def token_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -28,6 +29,7 @@ def train_small(
     model: Transformer, task: Task, pairs: list[Pair], steps: int, loss_of: Callable = token_loss, seed: int = 1
 ) -> float:
     """Train in place, in batches of 128 drawn from the pairs. -> the mean loss of the last 20 steps."""
+    prepare_cpu(model.dim, 128)
     torch.manual_seed(seed)
     data = PairDataset(task, pairs, torch.randint(len(pairs), (steps * 128,)))
     optimizer = make_optimizer(model, lr=1.5e-3, weight_decay=0.1, fused=True)
