@@ -15,9 +15,9 @@ from comparison.watching import Observed, observe, observe_on_two_processes
 PROJECT = Path(__file__).resolve().parent.parent
 TAG = re.compile(r"#\s*\[hidden: (.+?)\]")
 
-# Learns the task in ten seconds: nearly all pairs right at the end, the second epoch better than the third.
+# Learns the task in ten seconds: nearly all pairs right at the end; with this seed the second epoch is the best.
 TRAINING = ["--dim", "32", "--num-layers", "1", "--batch-size", "64", "--num-datas", "6400", "--max-epochs", "3",
-            "--lr", "0.006", "--warmup-steps", "30", "--amp", "off", "--wandb", "disabled"]  # fmt: skip
+            "--lr", "0.006", "--warmup-steps", "30", "--seed", "4", "--amp", "off", "--wandb", "disabled"]  # fmt: skip
 
 # A line that others need cannot just go: this stands in its place. Every other tagged line becomes `pass`.
 INSTEAD = {
