@@ -168,13 +168,13 @@ def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
     left.set(yscale="log", xlabel="update", ylabel="loss per token (log scale)")
     left.set_title("Loss: how far below guessing?")
     plain_numbers(left)
-    left.legend(loc="lower left")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     right.plot(*points("val/exact_match"), "s-", color=BLUE, label="validation pairs")
     right.plot(*points("test/exact_match"), "*", color=RED, markersize=22, label="test pairs, best weights")
     right.set(ylim=(-0.03, 1.03), xlim=left.get_xlim(), xlabel="update", ylabel="share of whole answers right")
     right.set_title("Exact match: are whole answers right?")
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    right.legend(loc="best")
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     figure.suptitle("How the run learned: the loss should fall, and the model's own answers come out right")
     return figure
 
