@@ -2,12 +2,10 @@
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +32,7 @@ class Observed:
     losses: list[float] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)  # of the last epoch and of the test
     batches: int = 0  # sent through the model in training
-    batch_ms: float | None = None  # from one of them to the next, the median
+    times: list[float] = field(default_factory=list)  # when each of them had its loss, in seconds
     readings: int = 0  # times the loop waited for the device to hand over numbers
     logged: int = 0  # rows of updates that W&B got
     exchanges: int = 0  # of gradients between processes
@@ -76,7 +74,6 @@ def observe(source: str, flags: list[str], on_meta: bool = False) -> Observed:
 def look_on(module: ModuleType, seen: Observed) -> None:
     """Put observers in the place of names that train.py uses."""
     token_loss, write_rows = module.token_loss, module.write_rows
-    times = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         seen.kept_bytes += tensor.nbytes
@@ -88,9 +85,7 @@ def look_on(module: ModuleType, seen: Observed) -> None:
                 return token_loss(network, batch)
         loss = token_loss(network, batch)
         seen.batches += 1
-        times.append(time.perf_counter())
-        if seen.batches > 2:
-            seen.batch_ms = statistics.median(b - a for a, b in itertools.pairwise(times)) * 1e3
+        seen.times.append(time.perf_counter())
         return loss
 
     def watched_rows(run, waiting):

@@ -4,7 +4,9 @@ python -m comparison.without                 every tag, in a few minutes
 python -m comparison.without zero_grad ...   these tags
 """
 
+import itertools
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -118,8 +120,13 @@ def measure(tag: str, source: str, training: list[str], references: dict) -> tup
     if key not in references:
         references[key] = look(source)
     before, after = references[key], look(take_out(source, tag))
-    speeds = [f"{seen.batch_ms:.1f}" if seen.batch_ms else "-" for seen in (before, after)]
-    return effects(before, after), f"{' → '.join(speeds)} ms a batch"
+    return effects(before, after), f"{batch_ms(before)} → {batch_ms(after)} ms a batch"
+
+
+def batch_ms(seen: Observed) -> str:
+    """The median time from one batch to the next."""
+    steps = [b - a for a, b in itertools.pairwise(seen.times)]
+    return f"{statistics.median(steps) * 1e3:.1f}" if steps else "-"
 
 
 def main(arguments: list[str] | None = None) -> None:
