@@ -6,7 +6,7 @@ from exercises.multi_head import MultiHeadAttention
 from transformer_scratch import attention
 
 torch.manual_seed(0)
-REFERENCE = attention.MultiHeadAttention(dim=8, num_heads=2)
+REFERENCE = attention.CrossAttention(dim=8, num_heads=2)
 X, MEMORY = torch.randn(3, 4, 8), torch.randn(3, 5, 8)
 
 

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from transformer_scratch import attention
 from transformer_scratch.attention import (
+    CrossAttention,
     MultiHeadAttention,
+    SelfAttention,
     attention_weights,
     causal_mask,
     padding_mask,
@@ -75,23 +77,30 @@ def test_weights_are_a_distribution_over_the_allowed_keys():
     assert (weights[1, :, :, 4:] == 0).all() and (weights[2, :, :, 1:] == 0).all() and (weights >= 0).all()
 
 
+def input_weights(ours: MultiHeadAttention) -> list[nn.Parameter]:
+    """W^Q, W^K and W^V, one above the other."""
+    own = isinstance(ours, SelfAttention)
+    return [ours.query_key_value.weight] if own else [ours.query.weight, ours.key_value.weight]
+
+
 def copy_of(ours: MultiHeadAttention) -> nn.MultiheadAttention:
     """nn.MultiheadAttention with our weights."""
-    theirs = nn.MultiheadAttention(ours.query.in_features, ours.num_heads, bias=False, batch_first=True).double()
+    theirs = nn.MultiheadAttention(ours.output.in_features, ours.num_heads, bias=False, batch_first=True).double()
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key_value.weight]))
+        theirs.in_proj_weight.copy_(torch.cat(input_weights(ours)))
         theirs.out_proj.weight.copy_(ours.output.weight)
     return theirs
 
 
 @pytest.mark.parametrize("kind", ["none", "causal", "padding"])
 @pytest.mark.parametrize("num_heads", [1, H])
-def test_equals_multihead_attention_of_pytorch(path, kind, num_heads):
+@pytest.mark.parametrize("layer", [SelfAttention, CrossAttention])
+def test_equals_multihead_attention_of_pytorch(path, kind, num_heads, layer):
     torch.manual_seed(0)
-    ours = MultiHeadAttention(DIM, num_heads).double()
+    ours = layer(DIM, num_heads).double()
     theirs = copy_of(ours)
-    x, memory = torch.randn(B, S, DIM).double(), torch.randn(B, S, DIM).double()
-    inputs = [x.requires_grad_(), memory.requires_grad_()]
+    num_inputs = 1 if layer is SelfAttention else 2
+    inputs = [torch.randn(B, S, DIM).double().requires_grad_() for _ in range(num_inputs)]
     copies = [tensor.detach().clone().requires_grad_() for tensor in inputs]
 
     mask = make_mask(kind)
@@ -100,12 +109,12 @@ def test_equals_multihead_attention_of_pytorch(path, kind, num_heads):
     hidden = {"none": {}, "causal": {"attn_mask": ~causal_mask(S)}}.get(kind)
     if kind == "padding":
         hidden = {"key_padding_mask": ~mask[:, 0, 0]}
-    expected, _ = theirs(copies[0], copies[1], copies[1], **hidden)
+    expected, _ = theirs(copies[0], copies[-1], copies[-1], **hidden)
     torch.testing.assert_close(got, expected)
 
     got.square().sum().backward()
     expected.square().sum().backward()
-    gradients = torch.cat([ours.query.weight.grad, ours.key_value.weight.grad])
+    gradients = torch.cat([weight.grad for weight in input_weights(ours)])
     torch.testing.assert_close(gradients, theirs.in_proj_weight.grad)
     torch.testing.assert_close(ours.output.weight.grad, theirs.out_proj.weight.grad)
     for one, other in zip(inputs, copies, strict=True):
@@ -114,15 +123,15 @@ def test_equals_multihead_attention_of_pytorch(path, kind, num_heads):
 
 def test_causal_stands_for_the_causal_mask(path):
     torch.manual_seed(0)
-    layer, x = MultiHeadAttention(DIM, H), torch.randn(B, T, DIM)
-    torch.testing.assert_close(layer(x, x, causal=True), layer(x, x, causal_mask(T)))
-    assert not torch.allclose(layer(x, x, causal=True), layer(x, x))
+    layer, x = SelfAttention(DIM, H), torch.randn(B, T, DIM)
+    torch.testing.assert_close(layer(x, causal=True), layer(x, causal_mask(T)))
+    assert not torch.allclose(layer(x, causal=True), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_without_any_key_stays_finite(path, dtype):
     torch.manual_seed(0)
-    layer = MultiHeadAttention(DIM, H).to(dtype)
+    layer = CrossAttention(DIM, H).to(dtype)
     x = torch.randn(B, T, DIM, dtype=dtype, requires_grad=True)
     memory = torch.randn(B, S, DIM, dtype=dtype, requires_grad=True)
     mask = padding_mask(torch.full((B, S), 13), pad_id=13)
@@ -138,7 +147,7 @@ def test_a_row_without_any_key_stays_finite(path, dtype):
 
 def test_hidden_keys_change_nothing(path):
     torch.manual_seed(0)
-    layer, x, memory = MultiHeadAttention(DIM, H), torch.randn(B, T, DIM), torch.randn(B, S, DIM)
+    layer, x, memory = CrossAttention(DIM, H), torch.randn(B, T, DIM), torch.randn(B, S, DIM)
     mask = make_mask("padding")
     changed = memory.clone()
     changed[1, 4:] = 1e3
@@ -151,15 +160,16 @@ def test_hidden_keys_change_nothing(path):
     [(torch.float32, 16, True), (torch.bfloat16, 16, False), (torch.bfloat16, 600, True)],
 )
 def test_the_fused_kernel_runs_where_it_is_faster(monkeypatch, dtype, length, fused):
-    layer = MultiHeadAttention(DIM, H).to(dtype)
+    layer = SelfAttention(DIM, H).to(dtype)
     kernel = F.scaled_dot_product_attention
     used = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: used.append(1) or kernel(*a, **k))
     x = torch.randn(2, length, DIM, dtype=dtype)
-    layer(x, x)
+    layer(x)
     assert bool(used) == fused
 
 
-def test_heads_must_divide_dim():
+@pytest.mark.parametrize("layer", [SelfAttention, CrossAttention])
+def test_heads_must_divide_dim(layer):
     with pytest.raises(ValueError, match=r"dim 10 .* num_heads 3"):
-        MultiHeadAttention(10, 3)
+        layer(10, 3)

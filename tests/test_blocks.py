@@ -31,9 +31,10 @@ def test_dropout_is_independent_between_neighbours():
     assert (patterns - 1 / 16).abs().max() < 0.005, "all sixteen patterns are equally likely"
 
 
-def test_dropout_scales_the_gradient_by_the_same_mask():
+@pytest.mark.parametrize("rows", [50, 1_250])  # PyTorch's dropout and ours
+def test_dropout_scales_the_gradient_by_the_same_mask(rows):
     torch.manual_seed(0)
-    x = torch.randn(50, 7, requires_grad=True)  # 350 elements, not a multiple of 4
+    x = torch.randn(rows, 7, requires_grad=True)  # 350 or 8750 elements, not a multiple of 4
     y = Dropout(0.3)(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     scale = gradient[gradient != 0].unique()
@@ -41,8 +42,9 @@ def test_dropout_scales_the_gradient_by_the_same_mask():
     torch.testing.assert_close(y, x * gradient)
 
 
-def test_dropout_is_reproducible_by_seed_and_differs_between_calls():
-    dropout, x = Dropout(0.5), torch.ones(1000)
+@pytest.mark.parametrize("size", [1_000, 10_000])
+def test_dropout_is_reproducible_by_seed_and_differs_between_calls(size):
+    dropout, x = Dropout(0.5), torch.ones(size)
     torch.manual_seed(1)
     first, second = dropout(x), dropout(x)
     assert not torch.equal(first, second)
@@ -60,10 +62,11 @@ def test_dropout_off_is_the_identity_and_draws_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dropout_keeps_type_and_shape(dtype):
-    x = torch.ones(3, 5, 2, dtype=dtype)
+@pytest.mark.parametrize("rows", [5, 5_000])
+def test_dropout_keeps_type_and_shape(dtype, rows):
+    x = torch.ones(3, rows, 2, dtype=dtype)
     assert Dropout(0.1)(x).dtype == dtype and Dropout(0.1)(x).shape == x.shape
-    assert Dropout(0.1)(x.transpose(0, 2)).shape == (2, 5, 3), "not contiguous"
+    assert Dropout(0.1)(x.transpose(0, 2)).shape == (2, rows, 3), "not contiguous"
 
 
 def test_feed_forward_is_equation_2():

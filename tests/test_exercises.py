@@ -14,7 +14,7 @@ EXERCISES = ["attention", "masks", "multi_head", "positions", "loop", "resume"]
 SOLUTIONS = {
     "attention": "from transformer_scratch.attention import attention_weights, scaled_dot_product_attention\n",
     "masks": "from transformer_scratch.attention import causal_mask, padding_mask\n",
-    "multi_head": "from transformer_scratch.attention import MultiHeadAttention\n",
+    "multi_head": "from transformer_scratch.attention import CrossAttention as MultiHeadAttention\n",
     "positions": """
 from transformer_scratch.model import positional_encoding
 

@@ -70,17 +70,18 @@ def copy_of(ours: Transformer, ffn_dim: int) -> nn.Transformer:
     theirs = nn.Transformer(ours.dim, num_heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
 
     @torch.no_grad()
-    def copy_attention(attention: nn.MultiheadAttention, from_: nn.Module) -> None:
-        attention.in_proj_weight.copy_(torch.cat([from_.query.weight, from_.key_value.weight]))
+    def copy_attention(attention: nn.MultiheadAttention, from_: nn.Module, *projections: nn.Linear) -> None:
+        attention.in_proj_weight.copy_(torch.cat([projection.weight for projection in projections]))
         attention.out_proj.weight.copy_(from_.output.weight)
         attention.in_proj_bias.zero_()
         attention.out_proj.bias.zero_()
 
     for layer, block in zip([*encoder.layers, *decoder.layers], [*ours.encoder, *ours.decoder], strict=True):
-        copy_attention(layer.self_attn, block.self_attention)
+        copy_attention(layer.self_attn, block.self_attention, block.self_attention.query_key_value)
         norms = [block.self_attention_norm, block.feed_forward_norm]
         if block in [*ours.decoder]:
-            copy_attention(layer.multihead_attn, block.cross_attention)
+            cross = block.cross_attention
+            copy_attention(layer.multihead_attn, cross, cross.query, cross.key_value)
             norms.insert(1, block.cross_attention_norm)
         layer.linear1.load_state_dict(block.feed_forward[0].state_dict())
         layer.linear2.load_state_dict(block.feed_forward[2].state_dict())
@@ -116,7 +117,7 @@ def test_equals_nn_transformer_with_masks(num_heads):
     layers = [*theirs.encoder.layers, *theirs.decoder.layers]
     for block, layer in zip([*ours.encoder, *ours.decoder], layers, strict=True):
         attention = block.self_attention
-        gradients = torch.cat([attention.query.weight.grad, attention.key_value.weight.grad])
+        gradients = attention.query_key_value.weight.grad
         torch.testing.assert_close(gradients, layer.self_attn.in_proj_weight.grad)
         torch.testing.assert_close(attention.output.weight.grad, layer.self_attn.out_proj.weight.grad)
         torch.testing.assert_close(block.feed_forward[0].weight.grad, layer.linear1.weight.grad)

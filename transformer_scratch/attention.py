@@ -50,7 +50,7 @@ def unpack(x: Tensor, packing: Packing | None) -> Tensor:
     """(N, D) -> (B, T, D) with zeros for the padding, for attention, where positions meet; None leaves x as it is."""
     if packing is None:
         return x
-    rows = x.new_zeros(packing.batch_size * packing.length, x.size(-1)).index_copy(0, packing.tokens, x)
+    rows = x.new_zeros(packing.batch_size * packing.length, x.size(-1)).index_copy_(0, packing.tokens, x)
     return rows.unflatten(0, (packing.batch_size, packing.length))
 
 
@@ -86,7 +86,7 @@ def is_fused_faster(query: Tensor, key: Tensor) -> bool:
 class MultiHeadAttention(nn.Module):
     """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O, section 3.2.2; projections without bias.
 
-    Queries come from one sequence, keys and values from another; self-attention passes the same one twice.
+    Where Q, K and V come from is what SelfAttention and CrossAttention differ in; W^O, `output`, is theirs too.
     Raises ValueError when dim is not divisible by num_heads.
     """
 
@@ -95,48 +95,70 @@ class MultiHeadAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim, bias=False)  # W^Q of all heads side by side
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)  # W^K and W^V: one product, since both read the memory
-        self.output = nn.Linear(dim, dim, bias=False)  # W^O
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, K): every head attends on its own slice of the width."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
 
-    def keys_and_values(self, memory: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> two of (B, H, S, K). On its own because decoding keeps them (see KeyValueCache)."""
-        key, value = unpack(self.key_value(memory), packing).chunk(2, dim=-1)  # (B, S, D) each
-        return self.split_heads(key), self.split_heads(value)
-
     def attend(
         self,
-        x: Tensor,
+        query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
         causal: bool = False,
         packing: Packing | None = None,
     ) -> Tensor:
-        """x: (B, T, D), or (N, D) with a packing, asks; key and value: (B, H, S, K) answer -> as x.
+        """query: (B, H, T, K), key and value: (B, H, S, K) -> (B, T, D), or (N, D) with a packing.
 
         causal stands for the mask causal_mask(T).
         """
-        query = self.split_heads(unpack(self.query(x), packing))  # (B, H, T, K)
         if is_fused_faster(query, key):
             heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         else:
-            mask = causal_mask(query.size(2), x.device) if causal else mask
+            mask = causal_mask(query.size(2), query.device) if causal else mask
             heads = scaled_dot_product_attention(query, key, value, mask)  # (B, H, T, K)
         return self.output(pack(heads.transpose(1, 2).flatten(2), packing))  # (B, T, D) or (N, D)
 
+
+class SelfAttention(MultiHeadAttention):
+    """Queries, keys and values come from one sequence."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__(dim, num_heads)
+        # W^Q, W^K and W^V of all heads side by side: one product, since all three read x.
+        self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)  # W^O
+
+    def project(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, ...]:
+        """x: (B, T, D), or (N, D) with a packing -> query, key and value: (B, H, T, K) each."""
+        projected = unpack(self.query_key_value(x), packing)  # (B, T, 3 D)
+        return tuple(self.split_heads(part) for part in projected.chunk(3, dim=-1))
+
     def forward(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        packing: Packing | None = None,
-        memory_packing: Packing | None = None,
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, packing: Packing | None = None
     ) -> Tensor:
+        """x: (B, T, D) attends to itself -> (B, T, D). With a packing, x and the result are (N, D)."""
+        return self.attend(*self.project(x, packing), mask, causal, packing=packing)
+
+
+class CrossAttention(MultiHeadAttention):
+    """Queries come from one sequence, keys and values from another, the memory."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__(dim, num_heads)
+        self.query = nn.Linear(dim, dim, bias=False)  # W^Q of all heads side by side
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)  # W^K and W^V: one product, since both read the memory
+        self.output = nn.Linear(dim, dim, bias=False)  # W^O
+
+    def queries(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """x: (B, T, D), or (N, D) with a packing -> (B, H, T, K)."""
+        return self.split_heads(unpack(self.query(x), packing))
+
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, ...]:
+        """memory: (B, S, D) -> two of (B, H, S, K). On its own because decoding keeps them (see KeyValueCache)."""
+        return tuple(self.split_heads(part) for part in self.key_value(memory).chunk(2, dim=-1))
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """x: (B, T, D) attends to memory: (B, S, D) -> (B, T, D). With a packing, x and the result are (N, D)."""
-        return self.attend(x, *self.keys_and_values(memory, memory_packing), mask, causal, packing)
+        return self.attend(self.queries(x, packing), *self.keys_and_values(memory), mask, packing=packing)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transformer_scratch.attention import MultiHeadAttention, Packing
+from transformer_scratch.attention import CrossAttention, Packing, SelfAttention
 
 
 class FeedForward(nn.Sequential):
@@ -18,7 +18,7 @@ class FeedForward(nn.Sequential):
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al., 2014) as nn.Dropout does it, but cheaper on a CPU.
+    """Dropout (Srivastava et al., 2014) as nn.Dropout does it, but cheaper on a CPU from some thousand elements on.
 
     There one random number of 64 bits decides over four elements, 16 bits each, so p is rounded to 1/65536.
     """
@@ -30,7 +30,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.numel() < 2**13 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
         threshold = round(self.p * 2**16)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
@@ -58,14 +58,14 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float):
         super().__init__()
-        self.self_attention = MultiHeadAttention(dim, num_heads)
+        self.self_attention = SelfAttention(dim, num_heads)
         self.self_attention_norm = AddAndNorm(dim, dropout)
         self.feed_forward = FeedForward(dim, ffn_dim)
         self.feed_forward_norm = AddAndNorm(dim, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (B, S, D), mask: (B, 1, 1, S), None hides nothing -> (B, S, D)."""
-        x = self.self_attention_norm(x, self.self_attention(x, x, mask))
+        x = self.self_attention_norm(x, self.self_attention(x, mask))
         return self.feed_forward_norm(x, self.feed_forward(x))
 
 
@@ -102,9 +102,9 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float):
         super().__init__()
-        self.self_attention = MultiHeadAttention(dim, num_heads)
+        self.self_attention = SelfAttention(dim, num_heads)
         self.self_attention_norm = AddAndNorm(dim, dropout)
-        self.cross_attention = MultiHeadAttention(dim, num_heads)
+        self.cross_attention = CrossAttention(dim, num_heads)
         self.cross_attention_norm = AddAndNorm(dim, dropout)
         self.feed_forward = FeedForward(dim, ffn_dim)
         self.feed_forward_norm = AddAndNorm(dim, dropout)
@@ -116,14 +116,14 @@ class DecoderBlock(nn.Module):
 
         Padding stands only at the end of a target, so the causal mask already hides it from every real position.
         """
-        attended = self.self_attention(x, x, causal=True, packing=packing, memory_packing=packing)
-        x = self.self_attention_norm(x, attended)
+        x = self.self_attention_norm(x, self.self_attention(x, causal=True, packing=packing))
         x = self.cross_attention_norm(x, self.cross_attention(x, memory, memory_mask, packing=packing))
         return self.feed_forward_norm(x, self.feed_forward(x))
 
     def step(self, x: Tensor, cache: KeyValueCache, memory_mask: Tensor | None) -> Tensor:
         """The same for the newest position alone: x: (B, 1, D) -> (B, 1, D). It may see everything before it."""
-        keys_values = cache.append(*self.self_attention.keys_and_values(x))
-        x = self.self_attention_norm(x, self.self_attention.attend(x, *keys_values))
-        x = self.cross_attention_norm(x, self.cross_attention.attend(x, *cache.memory_keys_values, memory_mask))
+        query, key, value = self.self_attention.project(x)
+        x = self.self_attention_norm(x, self.self_attention.attend(query, *cache.append(key, value)))
+        query = self.cross_attention.queries(x)
+        x = self.cross_attention_norm(x, self.cross_attention.attend(query, *cache.memory_keys_values, memory_mask))
         return self.feed_forward_norm(x, self.feed_forward(x))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transformer_scratch.errors import BadInput, TrainingFault
 
-FORMAT = 1
+FORMAT = 2  # 2: self-attention has one matrix for queries, keys and values
 
 
 class CheckpointError(BadInput):

@@ -9,6 +9,7 @@ Shapes: H heads, T query positions, S key positions.
 import json
 import math
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatter
 from torch import Tensor, nn
 
-from transformer_scratch.attention import attention_weights, causal_mask
+from transformer_scratch.attention import MultiHeadAttention, attention_weights, causal_mask
 from transformer_scratch.data import Pair, Splits, Task
 from transformer_scratch.evaluation import Prediction
 from transformer_scratch.model import Transformer
@@ -42,28 +43,26 @@ def record_attention(model: Transformer, source: list[int], decoder_input: list[
     """Run the model once; -> what each of its attention modules weighed, by name, e.g. decoder.0.cross_attention."""
     recorded = {}
 
-    def remember(name: str):
-        def before_forward(module: nn.Module, inputs: tuple, options: dict) -> None:
-            given = dict(zip(("x", "memory", "mask"), inputs, strict=False)) | options
-            x, memory, mask = given["x"], given["memory"], given.get("mask")
-            if given.get("causal"):
-                mask = causal_mask(x.size(1), x.device)
-            key, _ = module.keys_and_values(memory)  # (1, H, S, K)
-            weights = attention_weights(module.split_heads(module.query(x)), key, mask)[0]  # (H, T, S)
+    def remembering(name: str, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def attend_and_remember(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False, **options
+        ) -> Tensor:
+            seen_mask = causal_mask(query.size(2), query.device) if causal else mask
+            weights = attention_weights(query, key, seen_mask)[0]  # (H, T, S)
             allowed = torch.ones_like(weights[0], dtype=torch.bool)
-            recorded[name] = Attention(weights.cpu(), (allowed if mask is None else allowed & mask.squeeze()).cpu())
+            allowed = allowed if seen_mask is None else allowed & seen_mask.squeeze()
+            recorded[name] = Attention(weights.cpu(), allowed.cpu())
+            return attend(query, key, value, mask, causal, **options)
 
-        return before_forward
+        return attend_and_remember
 
-    hooks = [
-        module.register_forward_pre_hook(remember(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if name.endswith("attention")
-    ]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAttention)}
+    for name, module in layers.items():
+        module.attend = remembering(name, module.attend)
     device = next(model.parameters()).device
     model(torch.tensor([source], device=device), torch.tensor([decoder_input], device=device))
-    for hook in hooks:
-        hook.remove()
+    for module in layers.values():
+        del module.attend  # the class's own is back
     return recorded
 
 

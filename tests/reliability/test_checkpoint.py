@@ -13,7 +13,7 @@ from plants import signal_at_step
 from trainings import SMALL, Training, fingerprint
 
 from transformer_scratch import checkpoint
-from transformer_scratch.checkpoint import CheckpointError, checksum, link, load_checkpoint, save_checkpoint
+from transformer_scratch.checkpoint import FORMAT, CheckpointError, checksum, link, load_checkpoint, save_checkpoint
 from transformer_scratch.run_folder import RunFolder
 from transformer_scratch.runtime import ALONE
 
@@ -133,7 +133,7 @@ class Hostile:
         return os.system, ("touch was_here",)
 
 
-@pytest.mark.parametrize("wrapped", [Hostile(), {"format": 1, "checksum": "", "model": Hostile()}])
+@pytest.mark.parametrize("wrapped", [Hostile(), {"format": FORMAT, "checksum": "", "model": Hostile()}])
 def test_a_hostile_pickle_is_refused_without_running_it(stopped, run, wrapped):
     torch.save(wrapped, stopped / "last.pt")
     shutil.copy(stopped / "last.pt", stopped / "previous.pt")
@@ -145,7 +145,7 @@ def test_a_hostile_pickle_is_refused_without_running_it(stopped, run, wrapped):
     assert Path("was_here").exists()  # it is hostile indeed
 
 
-@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("number", [FORMAT - 1, FORMAT + 1])
 def test_another_format_says_which_version_it_needs(stopped, run, monkeypatch, number):
     content = load_checkpoint(stopped / "last.pt")
     del content["format"]
@@ -154,7 +154,7 @@ def test_another_format_says_which_version_it_needs(stopped, run, monkeypatch, n
         save_checkpoint(stopped / name, content)
     code, output = run("--resume", "run")
     assert code == 2
-    assert f"has checkpoint format {number}, this version of the project reads format 1" in output
+    assert f"has checkpoint format {number}, this version of the project reads format {FORMAT}" in output
 
 
 def test_a_file_of_another_program_is_refused(tmp_path):
