@@ -3,9 +3,10 @@
     python tests/test_golden.py       write tests/golden_losses.txt anew, after a change that is meant to change them
 
 All settings are given, so no default matters. Random numbers are the same on every CPU (batches are large enough for
-our own dropout: PyTorch's, which small tensors get, draws other numbers where MKL is missing); sums are rounded differently by
-different CPUs and numbers of threads, which moves these losses by 2e-7 (relative; AVX-512, AVX2 and no vector
-instructions compared). The tolerance of 1e-4 leaves room for other libraries; a fault leaves it at once, see below.
+our own dropout: PyTorch's, which small tensors get, draws other numbers where MKL is missing). Sums are rounded
+differently by different CPUs and numbers of threads, which moves these losses by 2e-7 (relative; AVX-512, AVX2 and no
+vector instructions compared). The tolerance of 1e-4 leaves room for other libraries; a fault leaves it at once, see
+below.
 """
 
 import contextlib
