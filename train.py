@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         config.tie_embeddings, task.pad_id,
     )  # fmt: skip
     model.to(device)  # [hidden: model to the device]
+    parameters = list(model.parameters())  # once: the walk through all modules takes longer than clipping itself
     optimizer = make_optimizer(model, config.lr, config.weight_decay, fused=dtype is not torch.float16)
     scheduler = make_schedule(optimizer, config.warmup_steps)
     # torch.amp is today's spelling of torch.cuda.amp, whose own names warn since PyTorch 2.4.
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         network = DistributedDataParallel(network)  # [hidden: gradients averaged over the processes]
         seed_everything(config.seed + processes.rank)  # the first weights are alike everywhere, dropout is not
 
-    first_epoch = first_batch = step = epoch_tokens = 0
+    first_epoch = first_batch = step = epoch_tokens = update_loss = 0
     epoch_loss = torch.zeros((), device=device)  # loss x tokens, summed over the epoch so far
     ranking = []  # [validation loss, epoch] of the checkpoints kept, the best first
     run = open_run(config, processes, saved)
@@ -158,7 +159,6 @@ def main(arguments: list[str] | None = None) -> None:
         sampler.set_epoch(epoch, first_batch)  # [hidden: a new order every epoch]
         started, tokens_before = time.perf_counter(), epoch_tokens
         waiting = []  # lines for metrics.jsonl whose numbers are still on the device
-        update_loss = torch.zeros((), device=device)
 
         for index, batch in enumerate(train_loader, start=first_batch):
             batch = batch.to(device)  # [hidden: batch to the device]
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
                 continue  # [hidden: accumulation]
 
             scaler.unscale_(optimizer)  # [hidden: unscale before clipping]
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)  # [hidden: clipping]
+            grad_norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)  # [hidden: clipping]
             scale = scaler.get_scale()
             scaler.step(optimizer)  # [hidden: optimizer step]
             scaler.update()  # [hidden: scaler update]
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not skipped:
                 scheduler.step()  # [hidden: schedule]
             optimizer.zero_grad(set_to_none=True)  # [hidden: zero_grad]
-            update_loss = torch.zeros((), device=device)
+            update_loss = 0
             bar.update()
 
             saving = stop.exit_code() or (config.save_every and step % config.save_every == 0)

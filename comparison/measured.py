@@ -59,7 +59,7 @@ class Stopwatch:
         def call(*args, **kwargs):
             if is_loss and self.frames is None and torch.is_grad_enabled():
                 self.frames = self.frames_above()
-            with self.running():
+            with self:
                 result = function(*args, **kwargs)
             if is_loss:
                 self.loss = result
@@ -72,7 +72,7 @@ class Stopwatch:
 
         @functools.wraps(backward)
         def call(tensor, *args, **kwargs):
-            with self.running():
+            with self:
                 backward(tensor, *args, **kwargs)
                 tensor.detach_()
                 self.loss.detach_()
@@ -84,23 +84,21 @@ class Stopwatch:
 
         @functools.wraps(step)
         def call(optimizer, closure=None):
-            with self.running():
+            with self:
                 return step(optimizer, closure and self.stopped(closure))
 
         return call
 
-    @contextlib.contextmanager
-    def running(self):
-        """Count the time in here as shared; once, where one shared function calls another."""
+    def __enter__(self) -> None:
+        """Count the time from here on as shared; once, where one shared function calls another."""
         self.depth += 1
         if self.depth == 1:
             self.started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.depth -= 1
-            if self.depth == 0:
-                self.shared += time.perf_counter() - self.started
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.shared += time.perf_counter() - self.started
 
     def stopped(self, closure):
         def call():

@@ -51,7 +51,8 @@ class ClipsAndKeepsTheNorm:
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
     ) -> None:
-        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or torch.inf)
+        parameters = self.trainer.precision_plugin.main_params(optimizer)  # what Lightning's own clipping takes
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or torch.inf)
 
 
 class OneSeedForEachProcess:

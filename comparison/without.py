@@ -26,7 +26,7 @@ INSTEAD = {
     "no gradients outside training": "# (no decorator)",
     "no_sync": "if True:",
     "autocast": "if True:",
-    "clipping": "grad_norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)",
+    "clipping": "grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf)",
     "reading the loss only now and then": "if True:",
     "epoch mean": 'row["train/loss_epoch"] = loss.item()',
     "validation": 'row["val/loss_epoch"] = row["train/loss_epoch"]',

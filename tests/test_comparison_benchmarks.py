@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from benchmarks import overhead, programs, startup, throughput
+from comparison import speed
 
 pytestmark = pytest.mark.comparison
 
@@ -36,3 +37,21 @@ def test_a_program_is_timed_for_as_many_updates_as_asked(program, monkeypatch):
     monkeypatch.setattr(programs.time, "perf_counter", itertools.count().__next__)
     seconds = programs.update_seconds(program, ["--dim", "16", "--num-layers", "1", "--batch-size", "8"], updates=4)
     assert len(seconds) == 4
+
+
+def test_the_speed_is_compared_within_each_round(monkeypatch):
+    """A machine that becomes ten times slower on the way changes no ratio, and hits neither program alone."""
+    calls, turns = itertools.count(), []
+
+    def measure(folder, side, flags):
+        turns.append(side)
+        slowness = 10 if next(calls) >= 4 else 1
+        return {
+            "step_ms": slowness * (2 if side == "plain" else 3),
+            "around_us": slowness * (1 if side == "plain" else 5),
+        }
+
+    monkeypatch.setattr(speed, "measure", measure)
+    found = speed.compare_speed([], rounds=5)
+    assert found["step_ms"][2] == 1.5 and found["around_us"][2] == 5
+    assert turns == ["plain", "unrecorded", "unrecorded", "plain"] * 2 + ["plain", "unrecorded"]
