@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         config.tie_embeddings, task.pad_id,
     )  # fmt: skip
     model.to(device)  # [hidden: model to the device]
-    parameters = list(model.parameters())  # once: the walk through all modules takes longer than clipping itself
+    parameters = list(model.parameters())  # listed once: the walk through all modules takes a while
     optimizer = make_optimizer(model, config.lr, config.weight_decay, fused=dtype is not torch.float16)
     scheduler = make_schedule(optimizer, config.warmup_steps)
     # torch.amp is today's spelling of torch.cuda.amp, whose own names warn since PyTorch 2.4.

@@ -80,11 +80,12 @@ def train_steps(rank: int, point: Point, steps: int, threads: int, folder: str) 
     sampler = BatchSampler(data, point.batch, True, 42, rank=rank, world_size=point.processes)
     model = Transformer(task.vocab_size, point.dim, max(1, point.dim // 64), point.layers, pad_id=task.pad_id)
     network = DistributedDataParallel(model) if point.processes > 1 else model
+    parameters = list(model.parameters())
     optimizer = make_optimizer(model, 1e-4, 0.1, fused=True)
     ends = []
     for batch in make_loader(sampler):
         token_loss(network, batch).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ends.append(time.perf_counter())

@@ -77,6 +77,7 @@ def training_step(
 ) -> Callable[[], None]:
     """-> what trains the model on the next batch."""
     model.train()
+    parameters = list(model.parameters())
     batches = forever(loader)
 
     def step() -> None:
@@ -84,7 +85,7 @@ def training_step(
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             loss = loss_function(model, batch, pad_id)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
