@@ -3,11 +3,13 @@
     python -m benchmarks.overhead           (needs comparison/requirements.txt: Lightning)
 
 A model so small that it hardly counts is trained by train.py, by its Lightning twin and by a Trainer with everything
-switched off, in turn. The time of forward, backward, clipping and optimizer alone is taken away from each.
+switched off, in turn, in one process. The time of forward, backward, clipping and optimizer alone is taken away from
+each. train.py and the twin write W&B's files (offline), unless --wandb disabled is given.
 """
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -30,6 +32,8 @@ class Arguments(Options):
     """Training steps in each run."""
     rounds: int = 9
     """Runs of each program."""
+    wandb: Literal["offline", "disabled"] = "offline"
+    """W&B in train.py and the twin."""
 
 
 FLAGS = ["--dim", "16", "--num-layers", "1", "--batch-size", "8", "--accelerator", "cpu", "--amp", "off"]
@@ -55,8 +59,9 @@ def bare_step_seconds(updates: int) -> list[float]:
     return seconds[1:]
 
 
-def median(seconds: list[float]) -> float:
-    return torch.tensor(seconds).median().item()
+def typical(seconds: list[float]) -> float:
+    """The median over windows of ten updates: one update in ten logs."""
+    return torch.tensor(seconds).unfold(0, min(10, len(seconds)), 1).mean(dim=1).median().item()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,17 +69,19 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads or 1)  # steps this small only lose by a second thread
     updates, rounds = (5, 1) if options.quick else (options.updates, options.rounds)
     programs = {
-        "train.py, all of it": lambda: median(update_seconds(run_train, FLAGS, updates)),
-        "Lightning, barebones": lambda: median(update_seconds(run_barebones_lightning, FLAGS, updates)),
-        "Lightning, as the twin": lambda: median(update_seconds(run_lightning, FLAGS, updates)),
-        "the model alone": lambda: median(bare_step_seconds(updates)),
+        "train.py, all of it": lambda: typical(update_seconds(run_train, FLAGS, updates, options.wandb)),
+        "Lightning, barebones": lambda: typical(update_seconds(run_barebones_lightning, FLAGS, updates)),
+        "Lightning, as the twin": lambda: typical(update_seconds(run_lightning, FLAGS, updates, options.wandb)),
+        "the model alone": lambda: typical(bare_step_seconds(updates)),
     }
     timings = interleave(programs, rounds, "overhead")
     alone = timings["the model alone"].median
     around = {name: (timing.median - alone) * 1e6 for name, timing in timings.items() if name != "the model alone"}
     ours = around["train.py, all of it"]
+    whole = timings["train.py, all of it"].median
     rows = [
-        {"program": name, "step, µs (middle half)": timing.show(1e6), "around the model, µs": around.get(name, "-"),
+        {"program": name, "step, µs (middle half)": timing.show(1e6), "x train.py's": f"{timing.median / whole:.2f}",
+         "around the model, µs": around.get(name, "-"),
          "ours is": "-" if name not in around or around[name] == ours else f"{number(ours / around[name])} of it"}
         for name, timing in timings.items()
     ]  # fmt: skip

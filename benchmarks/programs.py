@@ -79,7 +79,9 @@ def quietly() -> Iterator[str]:
                 signal.signal(number, handler)
 
 
-def update_seconds(program: Callable[[list[str], Clock], None], flags: list[str], updates: int) -> list[float]:
+def update_seconds(
+    program: Callable[[list[str], Clock], None], flags: list[str], updates: int, wandb_mode: str = "disabled"
+) -> list[float]:
     """Run a program for so many updates and one more. -> seconds of each, logging and fetching of data included.
 
     flags: with --batch-size, but without --num-datas, which is chosen so that the epoch is longer than that.
@@ -88,7 +90,7 @@ def update_seconds(program: Callable[[list[str], Clock], None], flags: list[str]
     clock = Clock(updates)
     with quietly() as folder:
         enough_data = ["--num-datas", str(batch_size * (updates + 3))]
-        program([*flags, *enough_data, "--run-dir", folder, "--wandb", "disabled"], clock)
+        program([*flags, *enough_data, "--run-dir", folder, "--wandb", wandb_mode], clock)
     return clock.seconds()
 
 
