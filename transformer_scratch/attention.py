@@ -86,7 +86,7 @@ def is_fused_faster(query: Tensor, key: Tensor) -> bool:
 class MultiHeadAttention(nn.Module):
     """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O, section 3.2.2; projections without bias.
 
-    Where Q, K and V come from is what SelfAttention and CrossAttention differ in; W^O, `output`, is theirs too.
+    SelfAttention and CrossAttention below say where Q, K and V come from; all four projections are theirs.
     Raises ValueError when dim is not divisible by num_heads.
     """
 
