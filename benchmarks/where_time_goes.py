@@ -21,9 +21,9 @@ KINDS = {
     "attention's kernel": {f"_scaled_dot_product_flash_attention_for_cpu{way}" for way in ("", "_backward")},
     "softmax and masks": {"_softmax", "_softmax_backward_data", "masked_fill", "masked_fill_", "bitwise_not", "tril"},
     "layer norm": {"native_layer_norm", "native_layer_norm_backward"},
-    "dropout's random numbers": {"random_", "ge"},
+    "dropout's random numbers": {"random_", "ge", "bernoulli_"},
     "element by element": {"add", "add_", "mul", "mul_", "div", "div_", "clamp_min", "threshold_backward", "sum"},
-    "copies, casts, packing": {"copy_", "cat", "index_select", "index_copy", "index_copy_", "index_add_", "fill_"},
+    "copies, casts, packing": {"copy_", "cat", "index_select", "index_copy_", "index_add_", "fill_"},
     "optimizer and clipping": {"_fused_adamw_", "linalg_vector_norm", "_foreach_norm", "_foreach_mul_", "stack"},
 }
 

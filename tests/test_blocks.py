@@ -31,6 +31,15 @@ def test_dropout_is_independent_between_neighbours():
     assert (patterns - 1 / 16).abs().max() < 0.005, "all sixteen patterns are equally likely"
 
 
+def test_small_tensors_get_pytorchs_dropout():
+    """Fewer calls, where calls are what takes the time."""
+    for size, same in ((2**13 - 1, True), (2**13, False)):
+        torch.manual_seed(0)
+        ours = Dropout(0.1)(torch.ones(size))
+        torch.manual_seed(0)
+        assert torch.equal(ours, nn.functional.dropout(torch.ones(size), 0.1)) == same
+
+
 @pytest.mark.parametrize("rows", [50, 1_250])  # PyTorch's dropout and ours
 def test_dropout_scales_the_gradient_by_the_same_mask(rows):
     torch.manual_seed(0)

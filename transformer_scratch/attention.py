@@ -130,10 +130,10 @@ class SelfAttention(MultiHeadAttention):
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)  # W^O
 
-    def project(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, D), or (N, D) with a packing -> query, key and value: (B, H, T, K) each."""
-        projected = unpack(self.query_key_value(x), packing)  # (B, T, 3 D)
-        return tuple(self.split_heads(part) for part in projected.chunk(3, dim=-1))
+        query, key, value = unpack(self.query_key_value(x), packing).chunk(3, dim=-1)  # (B, T, D) each
+        return self.split_heads(query), self.split_heads(key), self.split_heads(value)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, causal: bool = False, packing: Packing | None = None
@@ -155,9 +155,10 @@ class CrossAttention(MultiHeadAttention):
         """x: (B, T, D), or (N, D) with a packing -> (B, H, T, K)."""
         return self.split_heads(unpack(self.query(x), packing))
 
-    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, ...]:
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory: (B, S, D) -> two of (B, H, S, K). On its own because decoding keeps them (see KeyValueCache)."""
-        return tuple(self.split_heads(part) for part in self.key_value(memory).chunk(2, dim=-1))
+        key, value = self.key_value(memory).chunk(2, dim=-1)  # (B, S, D) each
+        return self.split_heads(key), self.split_heads(value)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """x: (B, T, D) attends to memory: (B, S, D) -> (B, T, D). With a packing, x and the result are (N, D)."""

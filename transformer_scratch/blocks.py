@@ -18,9 +18,10 @@ class FeedForward(nn.Sequential):
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al., 2014) as nn.Dropout does it, but cheaper on a CPU from some thousand elements on.
+    """Dropout (Srivastava et al., 2014) as nn.Dropout does it, but cheaper for large tensors on a CPU.
 
-    There one random number of 64 bits decides over four elements, 16 bits each, so p is rounded to 1/65536.
+    From 2^13 elements on, one random number of 64 bits decides over four, 16 bits each, so p is rounded to 1/65536;
+    below that PyTorch's own is faster (docs/performance.md).
     """
 
     def __init__(self, p: float):
@@ -30,7 +31,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.numel() < 2**13 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 2**13:
             return F.dropout(x, self.p)
         threshold = round(self.p * 2**16)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
