@@ -23,7 +23,9 @@ def offline_run(script, tiny, tmp_path) -> SimpleNamespace:
     def inspect(*options: str) -> str:
         wandb_program = Path(sys.executable).with_name("wandb")
         command = [wandb_program, "leet", "inspect", *options, "--json", folder]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr or result.stdout
+        return result.stdout
 
     records = [json.loads(line) for line in inspect().splitlines()]
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
