@@ -125,7 +125,7 @@ def main(
         gradient_clip_val=config.clip_norm,
         log_every_n_steps=config.log_every,
         logger=WandbLogger(
-            name=run_name(config), group=run_name(config), project=config.wandb_project, save_dir=folder,
+            name=run_name(config), group=run_name(config), project=config.wandb_project, save_dir=folder.absolute(),
             save_code=True, tags=["debug" if config.debug else "run"], mode=choose_mode(config.wandb)[0],
         ),
         callbacks=[

@@ -49,15 +49,16 @@ def choose_mode(requested: str) -> tuple[str, str]:
 def start_wandb(config: Config, run: RunFolder) -> str:
     """wandb.init, offline when the server does not answer. -> one line on where the run can be seen."""
     mode, reason = choose_mode(config.wandb) if run.is_main else ("disabled", "the main process does it")
+    folder = run.path.absolute()  # W&B's own process, which writes the files, may have been started in another folder
     # Offline, W&B copies artifacts to the home folder and leaves them there; in the run's folder they go with the run.
-    os.environ.setdefault("WANDB_DATA_DIR", str(run.path / "wandb"))
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
     arguments = {
         "project": config.wandb_project,
         "name": run_name(config),
         "group": run_name(config),  # runs of the same settings, the Lightning twin's too, are drawn over each other
         "tags": ["debug" if config.debug else "run"],
         "config": dataclasses.asdict(config),
-        "dir": run.path,
+        "dir": folder,
         "save_code": True,
         "id": run.wandb_id,
         "resume": "allow" if run.wandb_id else None,
@@ -76,7 +77,7 @@ def start_wandb(config: Config, run: RunFolder) -> str:
         # The table of runs shows the best epoch, not the last.
         wandb.define_metric("val/loss_epoch", step_metric="step", summary="min")
         wandb.define_metric("val/exact_match", step_metric="step", summary="max")
-        where = Path(wandb.run.dir).parent
+        where = run.path / "wandb" / Path(wandb.run.dir).parent.name
         line = f"{mode} ({reason})"
         if mode == "online":
             line += f"; {wandb.run.url}"
