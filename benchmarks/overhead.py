@@ -1,105 +1,125 @@
-"""What a training step costs around the model: fetching the batch, bookkeeping, logging, the progress bar.
+"""What a training step costs around the model: bookkeeping, logging, the progress bar, and whatever a Trainer does.
 
-    python -m benchmarks.overhead           (needs comparison/requirements.txt: Lightning)
+    python -m benchmarks.overhead                    (needs comparison/requirements.txt: Lightning)
+    python -m benchmarks.overhead --sizes small      one size alone
 
-A model so small that it hardly counts is trained by train.py, by its Lightning twin and by a Trainer with everything
-switched off, in turn, in one process. The time of forward, backward, clipping and optimizer alone is taken away from
-each. train.py and the twin write W&B's files (offline), unless --wandb disabled is given.
+train.py, its Lightning twin and a Trainer with everything switched off train in turn, in one process; train.py and the
+twin write W&B's files (offline). "Around the model" is what is left of a step when everything that all of them call
+alike (fetching the batch, forward, loss, backward, clipping, AdamW's step, zero_grad) is taken off; that needs a
+stopwatch, so whole steps are timed in runs of their own, without it. Ratios are taken within each round, whose runs are
+seconds apart, so that a machine whose speed changes spoils a round, not the result.
 """
 
-import time
+import functools
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import tyro
-from torch import nn
 
-from benchmarks.measure import Options, interleave, number, print_table, save_json, save_picture
+from benchmarks.measure import Options, Timing, interleave, number, print_table, save_json, save_picture
 from benchmarks.programs import run_barebones_lightning, run_lightning, run_train, update_seconds
-from train import token_loss
-from transformer_scratch.data import BatchSampler, Task, make_datasets, make_loader, split_pairs
-from transformer_scratch.model import Transformer
-from transformer_scratch.optimizer import make_optimizer
-from transformer_scratch.runtime import keep_freed_memory
+from comparison.measured import Stopwatch
+
+Size = Literal["small", "default", "paper"]
 
 
 @dataclass
 class Arguments(Options):
-    """Microseconds a step around the model: train.py, a bare Trainer, the Lightning twin."""
+    """Whole steps and microseconds around the model: train.py, a bare Trainer, the Lightning twin."""
 
-    updates: int = 300
-    """Training steps in each run."""
-    rounds: int = 9
-    """Runs of each program."""
-    wandb: Literal["offline", "disabled"] = "offline"
-    """W&B in train.py and the twin."""
+    sizes: tuple[Size, ...] = ("small", "default", "paper")
+    """small is 1 + 1 layers, dim 16, batch 8; paper is dim 512, 8 heads, batch 32."""
 
 
-FLAGS = ["--dim", "16", "--num-layers", "1", "--batch-size", "8", "--accelerator", "cpu", "--amp", "off"]
+FLAGS = {
+    "small": ["--dim", "16", "--num-layers", "1", "--batch-size", "8"],
+    "default": ["--batch-size", "128"],
+    "paper": ["--dim", "512", "--num-heads", "8", "--batch-size", "32"],
+}
+UPDATES = {"small": 300, "default": 60, "paper": 12}
+ROUNDS = {"small": 15, "default": 9, "paper": 9}
+PROGRAMS = {
+    "train.py": run_train,
+    "Lightning, barebones": run_barebones_lightning,
+    "Lightning, the twin": run_lightning,
+}
+LOG_EVERY = 10  # the default of --log-every: a window of so many updates holds one that logs
 
 
-def bare_step_seconds(updates: int) -> list[float]:
-    """The same model and batches, with nothing around forward, backward, clipping and optimizer."""
-    keep_freed_memory()
-    task = Task()
-    data = make_datasets(task, split_pairs(task, 0.2, 42), 8 * (updates + 1), 42)[0]
-    batches = list(make_loader(BatchSampler(data, 8, True, 42)))
-    model = Transformer(task.vocab_size, 16, 1, 1)
-    parameters = list(model.parameters())
-    optimizer = make_optimizer(model, 1e-3, 0.1, fused=True)
-    seconds = []
-    for batch in batches:
-        started = time.perf_counter()
-        token_loss(model, batch).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+def whole_step(*run) -> float:
+    """Seconds of a typical update. run: what update_seconds takes."""
+    seconds = update_seconds(*run)
+    return torch.tensor(seconds).unfold(0, LOG_EVERY, 1).mean(dim=1).median().item()
 
 
-def typical(seconds: list[float]) -> float:
-    """The median over windows of ten updates: one update in ten logs."""
-    return torch.tensor(seconds).unfold(0, min(10, len(seconds)), 1).mean(dim=1).median().item()
+def around_the_model(*run) -> float:
+    """Seconds of a typical update that are the program's own."""
+    watch = Stopwatch()
+    with watch.running():
+        update_seconds(*run)
+    return watch.results(LOG_EVERY)["around_us"] / 1e6
+
+
+def measure(options: Arguments, size: Size) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """-> seconds of a step, and those of it around the model, of every program in every round."""
+    updates, rounds = (12, 1) if options.quick else (UPDATES[size], ROUNDS[size])
+    flags = [*FLAGS["small" if options.quick else size], "--accelerator", "cpu", "--amp", "off"]
+    threads = torch.get_num_threads()
+
+    def take_turns(what: Callable[..., float]) -> dict[str, Timing]:
+        def run(program: Callable) -> float:
+            torch.set_num_threads(threads)  # a small model leaves it at one
+            return what(program, flags, updates, "offline")
+
+        contenders = {name: functools.partial(run, program) for name, program in PROGRAMS.items()}
+        return interleave(contenders, rounds, f"{size}, {what.__name__}")
+
+    return take_turns(whole_step), take_turns(around_the_model)
+
+
+def ratio(of: Timing, to: Timing) -> Timing:
+    return Timing([a / b for a, b in zip(of.seconds, to.seconds, strict=True)])
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
-    torch.set_num_threads(options.threads or 1)  # steps this small only lose by a second thread
-    updates, rounds = (5, 1) if options.quick else (options.updates, options.rounds)
-    programs = {
-        "train.py, all of it": lambda: typical(update_seconds(run_train, FLAGS, updates, options.wandb)),
-        "Lightning, barebones": lambda: typical(update_seconds(run_barebones_lightning, FLAGS, updates)),
-        "Lightning, as the twin": lambda: typical(update_seconds(run_lightning, FLAGS, updates, options.wandb)),
-        "the model alone": lambda: typical(bare_step_seconds(updates)),
-    }
-    timings = interleave(programs, rounds, "overhead")
-    alone = timings["the model alone"].median
-    around = {name: (timing.median - alone) * 1e6 for name, timing in timings.items() if name != "the model alone"}
-    ours = around["train.py, all of it"]
-    whole = timings["train.py, all of it"].median
-    rows = [
-        {"program": name, "step, µs (middle half)": timing.show(1e6), "x train.py's": f"{timing.median / whole:.2f}",
-         "around the model, µs": around.get(name, "-"),
-         "ours is": "-" if name not in around or around[name] == ours else f"{ours / around[name]:.1f} of it"}
-        for name, timing in timings.items()
-    ]  # fmt: skip
-    print_table("Microseconds a training step", rows)
-    save_json(options, "overhead", {"step seconds": {k: v.seconds for k, v in timings.items()}, "around, µs": around})
-    draw(options, around)
+    options.set_threads()
+    results = {}
+    for size in options.sizes:
+        steps, around = measure(options, size)
+        results[size] = {"step": {name: t.seconds for name, t in steps.items()},
+                         "around": {name: t.seconds for name, t in around.items()}}  # fmt: skip
+        rows = [
+            {
+                "program": name,
+                "ms a step (middle half)": steps[name].show(),
+                "x train.py's": ratio(steps[name], steps["train.py"]).show(1),
+                "µs around the model": around[name].show(1e6),
+                "train.py's share of it": f"{ratio(around['train.py'], around[name]).median:.2f}",
+            }
+            for name in PROGRAMS
+        ]
+        print_table(f"{size}: {' '.join(FLAGS[size])}", rows)
+    save_json(options, "overhead", results)
+    draw(options, results)
 
 
-def draw(options: Options, around: dict[str, float]) -> None:
+def draw(options: Options, results: dict) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 2.2), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(list(around), list(around.values()), color=["#2a7", "#bbb", "#888"])
-    axes.bar_label(bars, [number(value) for value in around.values()], padding=3)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("microseconds a step around the model")
+    figure = Figure(figsize=(7, 0.4 + 1.6 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), squeeze=False)[:, 0]
+    for axes, (size, result) in zip(panels, results.items(), strict=True):
+        around = {name: statistics.median(seconds) * 1e6 for name, seconds in result["around"].items()}
+        bars = axes.barh(list(around), list(around.values()), color=["#2a7", "#bbb", "#888"])
+        axes.bar_label(bars, [number(value) for value in around.values()], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_title(size, loc="left", fontsize="medium")
+    panels[-1].set_xlabel("microseconds a step around the model")
     save_picture(options, "overhead", figure)
 
 

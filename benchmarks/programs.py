@@ -19,7 +19,7 @@ from comparison import train_lightning
 from transformer_scratch import summary
 from transformer_scratch.config import load_config, settle_config
 from transformer_scratch.data import BatchSampler, Task, make_datasets, make_loader, split_pairs
-from transformer_scratch.runtime import start_processes
+from transformer_scratch.runtime import prepare_cpu, start_processes
 
 
 class Enough(Exception):
@@ -108,6 +108,7 @@ def run_barebones_lightning(flags: list[str], clock: Clock) -> None:
     """trainer.fit with all that Lightning lets one switch off switched off: logging, bar, checkpoints, checks."""
     processes = start_processes()
     config = settle_config(load_config(flags, processes)[0], processes)[0]
+    prepare_cpu(config.dim, config.batch_size)
     task = Task(config.num_categories, config.seq_len)
     splits = split_pairs(task, config.holdout, config.seed)
     data = make_datasets(task, splits, config.num_datas, config.seed)[0]

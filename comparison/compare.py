@@ -4,7 +4,7 @@
     python -m comparison.compare --dim 64 --amp bf16   any flags of train.py
     python -m comparison.compare --page                also one HTML file that shows both loops side by side
 
-Lightning's times include its Recorder, which writes what train.py writes into metrics.jsonl; python -m comparison.speed
+Lightning's times include its Recorder, which writes what train.py writes into metrics.jsonl; benchmarks/overhead.py
 leaves it out. Exit code 0 only if all losses and all weights are equal to the last bit.
 """
 
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -73,7 +74,7 @@ def start(output: Path | None, module: str, *arguments: object, devices: int = 1
 
 def run_both(folder: Path, config: Config, flags: list[str]) -> tuple[dict[str, dict], dict[str, dict]]:
     """-> what the stopwatch read, and how much code there is to read, for each side."""
-    measures, lines = {}, {}
+    measures = {}
     steps = number_of_updates(config)
     for side in SIDES:
         file = folder / f"{side}.json"
@@ -86,21 +87,17 @@ def run_both(folder: Path, config: Config, flags: list[str]) -> tuple[dict[str, 
             raise
         measures[side] = json.loads(file.read_text())
     print("counting the lines that run ...", file=sys.stderr)
-    for side in SIDES:
-        file = folder / f"{side}-lines.json"
-        short = [
-            *SHORT,
-            "--amp",
-            config.amp,
-            "--accelerator",
-            config.accelerator,
-            "--run-dir",
-            folder / f"{side}-short",
-        ]
+
+    def lines_of(side: str) -> list:
+        file, run = folder / f"{side}-lines.json", folder / f"{side}-short"
+        short = [*SHORT, "--amp", config.amp, "--accelerator", config.accelerator, "--run-dir", run]
         start(file.with_suffix(".txt"), "comparison.reading", side, file, *short)
-        lines[side] = json.loads(file.read_text())
-        shutil.rmtree(folder / f"{side}-short")
-    return measures, count_lines(lines["plain"], lines["lightning"])
+        shutil.rmtree(run)
+        return json.loads(file.read_text())
+
+    with ThreadPoolExecutor() as pool:
+        lines = pool.map(lines_of, SIDES)
+    return measures, count_lines(*lines)
 
 
 def contents(file: Path) -> str:

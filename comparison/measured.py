@@ -1,6 +1,6 @@
 """Runs train.py or its twin with a stopwatch beside it; nothing in either program knows of it.
 
-    python -m comparison.measured plain|lightning|unrecorded FILE.json STEPS LOG_EVERY START_TIME [training flags]
+    python -m comparison.measured plain|lightning FILE.json STEPS LOG_EVERY START_TIME [training flags]
 
 The clock is read after every optimizer step. What both programs call alike to compute (fetching a batch, the model, its
 loss, backward, the end of autocast, clipping, AdamW's step, zero_grad) is timed on its own; the rest of a step is what
@@ -16,7 +16,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -40,24 +42,34 @@ SHARED = [
 
 
 class Stopwatch:
-    """Reads the clock at every update, and adds up the time spent in what both programs share."""
+    """Reads the clock at every update, and adds up the time spent in what both programs share.
 
-    def __init__(self, program: str, bar: tqdm):
-        self.program, self.bar = program, bar
+    program: the file whose main() runs, for the count of frames; on_update: what to call after every update.
+    """
+
+    def __init__(self, program: str | None = None, on_update: Callable[[], object] = int):
+        self.program, self.on_update = program, on_update
         self.shared = 0.0
         self.depth, self.started = 0, 0.0
         self.frames: int | None = None
         self.readings: list[tuple[float, float]] = []  # (time, shared time) after each update
-        for owner, name in SHARED:
-            setattr(owner, name, self.timed(getattr(owner, name), is_loss=name == "cross_entropy"))
-        torch.Tensor.backward = self.timed_backward(torch.Tensor.backward)
-        torch.optim.AdamW.step = self.timed_step(torch.optim.AdamW.step)
-        register_optimizer_step_post_hook(self.after_update)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what runs meanwhile."""
+        timed = [(owner, name, self.timed(getattr(owner, name), name == "cross_entropy")) for owner, name in SHARED]
+        timed += [(torch.Tensor, "backward", self.timed_backward(torch.Tensor.backward))]
+        timed += [(torch.optim.AdamW, "step", self.timed_step(torch.optim.AdamW.step))]
+        with contextlib.ExitStack() as stack:
+            for owner, name, function in timed:
+                stack.enter_context(mock.patch.object(owner, name, function))
+            stack.callback(register_optimizer_step_post_hook(self.after_update).remove)
+            yield
 
     def timed(self, function, is_loss: bool):
         @functools.wraps(function)
         def call(*args, **kwargs):
-            if is_loss and self.frames is None and torch.is_grad_enabled():
+            if is_loss and self.program and self.frames is None and torch.is_grad_enabled():
                 self.frames = self.frames_above()
             with self:
                 result = function(*args, **kwargs)
@@ -120,7 +132,7 @@ class Stopwatch:
 
     def after_update(self, optimizer: object, args: tuple, kwargs: dict) -> None:
         self.readings.append((time.perf_counter(), self.shared))
-        self.bar.update()
+        self.on_update()
 
     def results(self, log_every: int) -> dict:
         """Milliseconds of a step, and the microseconds of it around the model.
@@ -151,10 +163,9 @@ def main() -> None:
     )
 
     program = "train" if which == "plain" else "comparison.train_lightning"
-    named = {"callbacks": ()} if which == "unrecorded" else {}  # nothing written down for the comparison's sake
-    watch = Stopwatch(program.split(".")[-1], bar)
-    with contextlib.closing(bar):
-        importlib.import_module(program).main(flags, **named)
+    watch = Stopwatch(program.split(".")[-1], bar.update)
+    with contextlib.closing(bar), watch.running():
+        importlib.import_module(program).main(flags)
     if is_main:
         first_update = watch.readings[0][0] - time.perf_counter() + time.time()
         results = {

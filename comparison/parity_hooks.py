@@ -53,6 +53,7 @@ class ClipsAndKeepsTheNorm:
     ) -> None:
         parameters = self.trainer.precision_plugin.main_params(optimizer)  # what Lightning's own clipping takes
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or torch.inf)
+        self.log("grad_norm", self.grad_norm)
 
 
 class OneSeedForEachProcess:

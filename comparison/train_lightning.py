@@ -52,7 +52,7 @@ class LitTransformer(pl.LightningModule):
 
     def token_loss(self, batch: Batch) -> Tensor:
         logits = self.model(batch.source, batch.decoder_input, batch.tokens)  # (N, V)
-        return F.cross_entropy(logits, batch.target.flatten()[batch.tokens])
+        return F.cross_entropy(logits, batch.target.take(batch.tokens))
 
     # The three steps run under autocast, on a batch that is on the device already. What training_step returns is
     # divided by accumulate_grad_batches, scaled, sent backward, unscaled and clipped; then come optimizer, scaler
@@ -60,6 +60,7 @@ class LitTransformer(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.token_loss(batch)
         self.log_loss("train", loss, batch, prog_bar=True)
+        self.log("lr", self.lr_schedulers().get_last_lr()[0])  # LearningRateMonitor would call it lr-AdamW/pg1
         return loss
 
     # Before these, eval mode and no gradients; after them, every module's mode is put back as it was.

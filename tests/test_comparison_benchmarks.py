@@ -5,15 +5,15 @@ import itertools
 import pytest
 
 from benchmarks import overhead, programs, startup, throughput
-from comparison import speed
+from comparison.measured import SHARED, Stopwatch
 
 pytestmark = pytest.mark.comparison
 
 
 def test_overhead_prints_its_table(tmp_path, capsys):
-    overhead.main(["--quick", "--output", str(tmp_path)])
+    overhead.main(["--quick", "--sizes", "small", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert all(f"| {name} |" in printed for name in ("train.py, all of it", "Lightning, barebones", "the model alone"))
+    assert all(f"| {name} |" in printed for name in overhead.PROGRAMS)
     assert (tmp_path / "overhead.json").exists() and (tmp_path / "overhead.png").exists()
 
 
@@ -42,16 +42,24 @@ def test_a_program_is_timed_for_as_many_updates_as_asked(program, monkeypatch):
 def test_the_speed_is_compared_within_each_round(monkeypatch):
     """A machine that becomes ten times slower in the middle of a round changes that round alone, not the result."""
     calls, turns = itertools.count(), []
+    costs = {programs.run_train: 2.0, programs.run_lightning: 3.0, programs.run_barebones_lightning: 2.5}
 
-    def measure(folder, side, flags):
-        turns.append(side)
-        slowness = 10 if next(calls) >= 5 else 1
-        return {
-            "step_ms": slowness * (2 if side == "plain" else 3),
-            "around_us": slowness * (1 if side == "plain" else 5),
-        }
+    def update_seconds(program, flags, updates, wandb_mode):
+        turns.append(program)
+        return [costs[program] * (10 if next(calls) >= 10 else 1)] * updates
 
-    monkeypatch.setattr(speed, "measure", measure)
-    found = speed.compare_speed([], rounds=5)
-    assert found["step_ms"][2] == 1.5 and found["around_us"][2] == 5
-    assert turns == ["plain", "unrecorded", "unrecorded", "plain"] * 2 + ["plain", "unrecorded"]
+    monkeypatch.setitem(overhead.ROUNDS, "paper", 5)
+    monkeypatch.setattr(overhead, "update_seconds", update_seconds)
+    monkeypatch.setattr(overhead, "around_the_model", lambda *_: 1.0)
+    steps, _ = overhead.measure(overhead.Arguments(), "paper")
+    ours, twins = steps["train.py"], steps["Lightning, the twin"]
+    assert overhead.ratio(twins, ours).median == 1.5 != twins.median / ours.median
+    rounds = [turns[i : i + 3] for i in range(0, len(turns), 3)]
+    assert all(a == b[::-1] for a, b in itertools.pairwise(rounds)), "A B C, then C B A"
+
+
+def test_the_stopwatch_leaves_everything_as_it_was():
+    before = [getattr(owner, name) for owner, name in SHARED]
+    with Stopwatch().running():
+        assert all(getattr(owner, name) is not b for (owner, name), b in zip(SHARED, before, strict=True))
+    assert [getattr(owner, name) for owner, name in SHARED] == before

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import wandb
 from conftest import PROJECT
 
 import train
@@ -271,6 +272,23 @@ def test_same_numbers_on_two_processes():
     assert all("loss_epoch" in name for name in differences["EpochMeansOverProcesses"])  # the loop itself is right
 
 
+def test_both_log_the_same_curves(monkeypatch):
+    """So that the two runs lie over each other in W&B, and neither saves time by logging less."""
+    logged, finish = [], wandb.finish
+
+    def note_and_finish() -> None:
+        logged.append(set(wandb.run.summary.keys()))
+        finish()
+
+    monkeypatch.setattr(wandb, "finish", note_and_finish)
+    run_both("--max-epochs", "1", "--log-every", "2")
+    ours, twins = ({name for name in names if not name.startswith("_")} for names in logged)
+    only_ours = {"step", "tokens/s", "val/answers", "test/answers", "val/batch", "test/batch"}
+    assert {"train/loss_step", "lr", "grad_norm", "val/loss_step", "test/exact_match"} < ours - only_ours
+    assert twins - {"trainer/global_step"} == ours - only_ours
+
+
+@pytest.mark.slow  # the quick tests have the same through comparison.compare, in test_comparison_compare.py
 def test_same_numbers_on_the_command_line():
     flags = [*SMALL, "--max-epochs", "2"]
     for program, folder in ((["train.py"], "plain"), (["-m", "comparison.train_lightning"], "lightning")):

@@ -102,9 +102,8 @@ def test_curves_and_schedule_show_the_numbers_of_the_run():
     assert bottom.lines[2].get_xydata().tolist() == [[2, 1.0]]  # the skipped update
 
 
-def test_evaluate_draws_them_all_and_names_the_next_to_look_at(script, tiny, tmp_path):
-    trained = script("train.py", *tiny, "--max-epochs", "1", "--wandb", "disabled", "--run-dir", "run")
-    assert trained.returncode == 0, trained.stderr
+def test_evaluate_draws_them_all_and_names_the_next_to_look_at(script, train, tiny, tmp_path):
+    train(*tiny, "--max-epochs", "1", "--run-dir", "run")
     evaluated = script("evaluate.py", "--run", "run")
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stdout.splitlines()[-1].split() == ["next", "look", "at", "run/pictures/answers.png"]

@@ -112,21 +112,6 @@ def test_the_end_is_announced(offline):
     assert offline.records["exit"][0].get("exit_code", 0) == 0
 
 
-def test_a_run_started_from_a_notebook_that_uses_wandb_keeps_its_files(script, tmp_path, monkeypatch):
-    """A child process finds its parent's W&B service in the environment; that one works in the parent's folder."""
-    notebook = tmp_path / "notebook"
-    notebook.mkdir()
-    monkeypatch.chdir(notebook)
-    with wandb.init(mode="offline"):
-        assert "WANDB_SERVICE" in os.environ
-        flags = [*TINY, "--max-epochs", "1", "--wandb", "offline", "--run-dir", "run"]
-        finished = script("train.py", *flags, cwd=tmp_path)
-    wandb.teardown()
-    assert finished.returncode == 0, finished.stderr
-    (tracked,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
-    assert tracked.stat().st_size > 1000
-
-
 # ------------------------------------------------------------------------------------------------------- which mode
 
 

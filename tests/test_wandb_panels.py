@@ -1,6 +1,7 @@
 """What a lab finds in W&B, read back from an offline run with W&B's own reader."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,21 @@ from transformer_scratch.data import Task, split_pairs
 
 
 @pytest.fixture
-def offline_run(script, tiny, tmp_path) -> SimpleNamespace:
-    """A tiny training, tracked offline. -> its records, W&B's summary of it, and its files."""
-    finished = script("train.py", *tiny, "--wandb", "offline", "--run-dir", "run", WANDB_MODE="offline")
+def offline_run(script, tiny, tmp_path, monkeypatch) -> SimpleNamespace:
+    """A tiny training, tracked offline. -> its records, W&B's summary of it, and its files.
+
+    It is started from a program that uses W&B itself, as a notebook may. A child finds its parent's W&B process in the
+    environment, and that one works in the parent's folder.
+    """
+    notebook = tmp_path / "notebook"
+    notebook.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(notebook)
+        with wandb.init(mode="offline"):
+            assert "WANDB_SERVICE" in os.environ
+            flags = [*tiny, "--wandb", "offline", "--run-dir", "run"]
+            finished = script("train.py", *flags, cwd=tmp_path, WANDB_MODE="offline")
+        wandb.teardown()
     assert finished.returncode == 0, finished.stderr
     folder = next(tmp_path.glob("run/wandb/offline-run-*"))
 

@@ -86,7 +86,8 @@ def is_fused_faster(query: Tensor, key: Tensor) -> bool:
 class MultiHeadAttention(nn.Module):
     """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O, section 3.2.2; projections without bias.
 
-    SelfAttention and CrossAttention below say where Q, K and V come from; all four projections are theirs.
+    SelfAttention and CrossAttention below say where Q, K and V come from; all four projections are theirs, W^O last,
+    so that the first weights are drawn in the order of the formula.
     Raises ValueError when dim is not divisible by num_heads.
     """
 

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import gc
 import os
 import platform
 import random
@@ -163,6 +164,8 @@ def prepare_cpu(dim: int, batch_size: int) -> str:
     default training then takes minutes instead of half a one.
     """
     keep_freed_memory()
+    if not gc.get_freeze_count():
+        gc.freeze()  # what the imports have made stays: the garbage collector need not walk through it again and again
     if "OMP_NUM_THREADS" in os.environ:
         return "OMP_NUM_THREADS"
     if dim * batch_size <= 32 * 128:

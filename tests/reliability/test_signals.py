@@ -52,7 +52,9 @@ def test_a_second_sigterm_changes_nothing(run):
     assert load_checkpoint(Path("run/last.pt"))["step"] == 4
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_whole_group_as_a_terminal_sends_it(number, code):
     """The real script, with two data workers, which get the signal, too."""
     script = [sys.executable, str(PROJECT / "train.py"), *SMALL, *NEW, "--num-workers", "2", "--max-epochs", "1000"]
