@@ -41,7 +41,7 @@ from transformer_scratch.tracking import answers_table, log_results, never_fatal
 def token_loss(network: nn.Module, batch: Batch) -> Tensor:
     """The mean cross-entropy over the batch's target tokens; padding is not even computed. -> scalar."""
     logits = network(batch.source, batch.decoder_input, batch.tokens)  # (N, V)
-    return F.cross_entropy(logits, batch.target.take(batch.tokens))
+    return F.cross_entropy(logits, batch.target.flatten()[batch.tokens])
 
 
 def write_rows(run: RunFolder, waiting: list[dict]) -> None:

@@ -58,7 +58,7 @@ def padded_loss(model: nn.Module, batch: Batch, pad_id: int) -> Tensor:
 
 def packed_loss(model: nn.Module, batch: Batch, pad_id: int) -> Tensor:
     """train.py's own loss."""
-    return F.cross_entropy(model(batch.source, batch.decoder_input, batch.tokens), batch.target.take(batch.tokens))
+    return F.cross_entropy(model(batch.source, batch.decoder_input, batch.tokens), batch.target.flatten()[batch.tokens])
 
 
 def article_loss(model: nn.Module, batch: list[Tensor], pad_id: int) -> Tensor:

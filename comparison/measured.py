@@ -47,7 +47,7 @@ class Stopwatch:
     program: the file whose main() runs, for the count of frames; on_update: what to call after every update.
     """
 
-    def __init__(self, program: str | None = None, on_update: Callable[[], object] = int):
+    def __init__(self, program: str | None = None, on_update: Callable[[], object] = lambda: None):
         self.program, self.on_update = program, on_update
         self.shared = 0.0
         self.depth, self.started = 0, 0.0
@@ -131,7 +131,10 @@ class Stopwatch:
         return count
 
     def after_update(self, optimizer: object, args: tuple, kwargs: dict) -> None:
-        self.readings.append((time.perf_counter(), self.shared))
+        now = time.perf_counter()
+        # From the second optimizer of a process on, PyTorch calls this from within AdamW's step, which is shared.
+        running = now - self.started if self.depth else 0.0
+        self.readings.append((now, self.shared + running))
         self.on_update()
 
     def results(self, log_every: int) -> dict:
@@ -140,7 +143,7 @@ class Stopwatch:
         Logging happens every log_every updates: windows of that length hold one each, and their median is taken.
         """
         readings = self.readings[WARM_UP:]
-        window = max(1, min(log_every, (len(readings) - 1) // 3))
+        window = max(1, min(log_every, len(readings) - 1))
         pairs = list(zip(readings[:-window], readings[window:], strict=True))
         if not pairs:
             return {"step_ms": None, "around_us": None}

@@ -21,7 +21,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
 def token_loss(model: Transformer, batch: Batch) -> torch.Tensor:
     """The mean cross-entropy over the target's tokens, without padding."""
     logits = model(batch.source, batch.decoder_input, batch.tokens)  # (N, V)
-    return F.cross_entropy(logits, batch.target.take(batch.tokens))
+    return F.cross_entropy(logits, batch.target.flatten()[batch.tokens])
 
 
 def main() -> tuple[Transformer, list[float]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import wandb
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,11 +48,11 @@ class LitTransformer(pl.LightningModule):
             self.model, self.config.lr, self.config.weight_decay, fused=self.config.amp != "fp16"
         )
         schedule = make_schedule(optimizer, self.config.warmup_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def token_loss(self, batch: Batch) -> Tensor:
         logits = self.model(batch.source, batch.decoder_input, batch.tokens)  # (N, V)
-        return F.cross_entropy(logits, batch.target.take(batch.tokens))
+        return F.cross_entropy(logits, batch.target.flatten()[batch.tokens])
 
     # The three steps run under autocast, on a batch that is on the device already. What training_step returns is
     # divided by accumulate_grad_batches, scaled, sent backward, unscaled and clipped; then come optimizer, scaler
@@ -60,7 +60,6 @@ class LitTransformer(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.token_loss(batch)
         self.log_loss("train", loss, batch, prog_bar=True)
-        self.log("lr", self.lr_schedulers().get_last_lr()[0])  # LearningRateMonitor would call it lr-AdamW/pg1
         return loss
 
     # Before these, eval mode and no gradients; after them, every module's mode is put back as it was.
@@ -131,6 +130,7 @@ def main(
         ),
         callbacks=[
             ModelCheckpoint(folder, "{epoch}", monitor="val/loss_epoch", save_top_k=config.save_top_k),
+            LearningRateMonitor(logging_interval="step"),
             TQDMProgressBar(refresh_rate=config.log_every),
             *([recorder] if callbacks is None else callbacks),
         ],

@@ -3,15 +3,17 @@
 import itertools
 
 import pytest
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from benchmarks import overhead, programs, startup, throughput
-from comparison.measured import SHARED, Stopwatch
+from comparison import measured
 
 pytestmark = pytest.mark.comparison
 
 
 def test_overhead_prints_its_table(tmp_path, capsys):
-    overhead.main(["--quick", "--sizes", "small", "--output", str(tmp_path)])
+    overhead.main(["--quick", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in overhead.PROGRAMS)
     assert (tmp_path / "overhead.json").exists() and (tmp_path / "overhead.png").exists()
@@ -51,7 +53,7 @@ def test_the_speed_is_compared_within_each_round(monkeypatch):
     monkeypatch.setitem(overhead.ROUNDS, "paper", 5)
     monkeypatch.setattr(overhead, "update_seconds", update_seconds)
     monkeypatch.setattr(overhead, "around_the_model", lambda *_: 1.0)
-    steps, _ = overhead.measure(overhead.Arguments(), "paper")
+    steps, _ = overhead.measure("paper", quick=False, threads=1)
     ours, twins = steps["train.py"], steps["Lightning, the twin"]
     assert overhead.ratio(twins, ours).median == 1.5 != twins.median / ours.median
     rounds = [turns[i : i + 3] for i in range(0, len(turns), 3)]
@@ -59,7 +61,29 @@ def test_the_speed_is_compared_within_each_round(monkeypatch):
 
 
 def test_the_stopwatch_leaves_everything_as_it_was():
-    before = [getattr(owner, name) for owner, name in SHARED]
-    with Stopwatch().running():
-        assert all(getattr(owner, name) is not b for (owner, name), b in zip(SHARED, before, strict=True))
-    assert [getattr(owner, name) for owner, name in SHARED] == before
+    timed = [*measured.SHARED, (torch.Tensor, "backward"), (torch.optim.AdamW, "step")]
+    before, hooks = [getattr(owner, name) for owner, name in timed], len(_global_optimizer_post_hooks)
+    with measured.Stopwatch().running():
+        assert all(getattr(owner, name) is not b for (owner, name), b in zip(timed, before, strict=True))
+    assert [getattr(owner, name) for owner, name in timed] == before
+    assert len(_global_optimizer_post_hooks) == hooks
+
+
+def test_an_optimizer_that_grows_slower_is_not_taken_for_the_loop(monkeypatch):
+    """Once an AdamW has been made in a process, PyTorch calls the hooks of a step before its time is up."""
+    clock = itertools.count()
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: float(next(clock)))
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.AdamW([parameter])
+    watch = measured.Stopwatch()
+
+    def take_longer_each_time(*_: object) -> None:
+        for _ in range(100 * len(watch.readings)):
+            next(clock)
+
+    optimizer.register_step_pre_hook(take_longer_each_time)
+    with watch.running():
+        for _ in range(20):
+            parameter.grad = torch.ones(())
+            optimizer.step()
+    assert 0 < watch.results(log_every=1)["around_us"] / 1e6 < 10

@@ -273,7 +273,7 @@ def test_same_numbers_on_two_processes():
 
 
 def test_both_log_the_same_curves(monkeypatch):
-    """So that the two runs lie over each other in W&B, and neither saves time by logging less."""
+    """So that the two runs lie over each other in W&B."""
     logged, finish = [], wandb.finish
 
     def note_and_finish() -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -158,20 +159,25 @@ def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[torch.dt
 
 
 def prepare_cpu(dim: int, batch_size: int) -> str:
-    """Keep freed memory, and leave a small model to one thread. -> why there are so many threads.
+    """Keep freed memory, spare the garbage collector, leave a small model to one thread. -> why so many threads.
 
     A second thread makes its steps no faster, and where other programs run both threads wait for each other: the
     default training then takes minutes instead of half a one.
     """
     keep_freed_memory()
-    if not gc.get_freeze_count():
-        gc.freeze()  # what the imports have made stays: the garbage collector need not walk through it again and again
+    freeze_imports()
     if "OMP_NUM_THREADS" in os.environ:
         return "OMP_NUM_THREADS"
     if dim * batch_size <= 32 * 128:
         torch.set_num_threads(1)
         return "a model this small gains nothing from more"
     return "one a core"
+
+
+@functools.cache  # once a process: what a finished training leaves behind shall be collected
+def freeze_imports() -> None:
+    """What the imports have made stays, so the garbage collector need not walk through it again and again."""
+    gc.freeze()
 
 
 def keep_freed_memory() -> None:

@@ -50,8 +50,8 @@ def start_wandb(config: Config, run: RunFolder) -> str:
     """wandb.init, offline when the server does not answer. -> one line on where the run can be seen."""
     mode, reason = choose_mode(config.wandb) if run.is_main else ("disabled", "the main process does it")
     folder = run.path.absolute()  # W&B's own process, which writes the files, may have been started in another folder
-    # Offline, W&B copies artifacts to the home folder and leaves them there; in the run's folder they go with the run.
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
+    if mode != "disabled":  # W&B leaves copies of artifacts in the home folder; in the run's they go with the run
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
     arguments = {
         "project": config.wandb_project,
         "name": run_name(config),
