@@ -118,7 +118,7 @@ def results(predictions: dict[Pair, Prediction], splits: Splits, loss: float) ->
     }
 
 
-def print_summary(result: dict, file: Path, folder: Path) -> None:
+def print_summary(result: dict, task: Task, file: Path, folder: Path) -> None:
     print(f"\ncheckpoint      {file}")
     print(f"trained pairs   {result['exact_match_seen']:.1%} exact, of {result['num_seen']}")
     if result["num_unseen"]:
@@ -132,7 +132,9 @@ def print_summary(result: dict, file: Path, folder: Path) -> None:
     wrong = [row for row in result["predictions"] if not row["exact"]]
     for row in wrong[:20]:
         kind = "trained" if row["seen"] else "unseen"
-        print(f"wrong           {row['pair'][0]} {row['pair'][1]} -> {' '.join(map(str, row['prediction']))} ({kind})")
+        ids = (row["pair"], row["prediction"], task.answer(row["pair"]))
+        pair, said, right = (" ".join(map(str, sequence)) for sequence in ids)
+        print(f"wrong           {pair} -> {said} ({kind}; right: {right})")
     if len(wrong) > 20:
         print(f"                ... and {len(wrong) - 20} more, in {folder / 'evaluation.json'}")
     print(f"written         {folder / 'evaluation.json'}")
@@ -170,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.replace(temporary, folder / "evaluation.json")
     except OSError as error:
         raise BadInput(f"{folder / 'evaluation.json'} cannot be written: {error}") from None
-    print_summary(result, file, folder)
+    print_summary(result, task, file, folder)
     if arguments.pictures:
         from transformer_scratch.plots import save_pictures  # only here: matplotlib takes a while to start
 

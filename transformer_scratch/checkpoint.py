@@ -153,7 +153,7 @@ def load_resumable(folder: Path) -> dict:
     if not folder.is_dir():
         raise CheckpointError(f"--resume {folder}: there is no such folder; give the folder of a run, runs/<name>")
     if not (folder / "last.pt").exists() and not (folder / "previous.pt").exists():
-        raise CheckpointError(f"--resume {folder}: there is no last.pt in it, so it is not the folder of a run")
+        raise CheckpointError(f"--resume {folder}: there is no last.pt in it; give the folder of a run, runs/<name>")
     content, path = load_first_good([folder / "last.pt", folder / "previous.pt"])
     if "optimizer" not in content:
         raise CheckpointError(f"{path} holds weights only; a run is resumed from a complete state")

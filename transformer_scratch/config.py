@@ -92,7 +92,7 @@ class RunOptions:
     """What is written where, and what is shown."""
 
     resume: str | None = None
-    """Folder of a run to continue; every other setting comes from there."""
+    """Folder of a run to continue; every other setting comes from there. Given beside it, --max-epochs goes further."""
     run_dir: str | None = None
     """Folder of this run. None: runs/ and a name made of the settings."""
     save_every: int = 0
@@ -100,7 +100,7 @@ class RunOptions:
     save_top_k: int = 10
     """How many epoch=K.pt to keep, by lowest validation loss."""
     log_every: int = 10
-    """Updates between two readings of the loss, to the bar, metrics.jsonl and W&B."""
+    """Updates between two readings of the loss: then the bar and W&B get the newest, metrics.jsonl all of them."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases. auto: online if you are logged in, otherwise offline; never a question."""
     wandb_project: str = "transformer-scratch"
@@ -221,8 +221,8 @@ def check(config: Config, processes: Processes) -> None:
         started = f"torchrun started {processes.world_size}" if processes.world_size > 1 else "one process was started"
         starter = f"torchrun --standalone --nproc-per-node {config.devices}" if config.devices > 1 else "python"
         raise BadInput(
-            f"--devices {config.devices}, but {started}. Several processes are started by torchrun, one directly; "
-            f"here: {starter} {shlex.join(sys.argv)}"
+            f"--devices {config.devices}, but {started}. Start several processes with torchrun, a single one "
+            f"without; here: {starter} {shlex.join(sys.argv)}"
         )
     if not config.wandb_project or set(config.wandb_project) & set("/\\#?%:"):
         raise BadInput(f"--wandb-project {config.wandb_project!r} must be a name without / \\ # ? % :")

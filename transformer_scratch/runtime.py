@@ -145,14 +145,17 @@ def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, 
 def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[torch.dtype | None, str]:
     """-> the type that autocast computes in (None: float32 throughout), and why."""
     names = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+    has_bf16_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if amp == "fp16" and device.type == "cpu":
+        return torch.float16, "as asked; slow on a CPU, good for seeing the loss scaler work"
+    if amp == "bf16" and device.type == "cpu" and not has_bf16_units:
+        return torch.bfloat16, "as asked; this CPU has no units for it, so it is slower than float32"
     if amp != "auto":
-        slow = amp == "fp16" and device.type == "cpu"
-        return names[amp], "as asked; slow on a CPU, good for seeing the loss scaler work" if slow else "as asked"
+        return names[amp], "as asked"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU computes it fast, and it needs no loss scaling"
         return torch.float16, "this GPU has no fast bf16"
-    has_bf16_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if device.type == "cpu" and dim >= 256 and has_bf16_units:
         return torch.bfloat16, "this CPU multiplies matrices in it (AMX or AVX-512 BF16)"
     return None, "nothing to gain here from half precision"
