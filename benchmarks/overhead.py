@@ -33,7 +33,7 @@ class Arguments(Options):
 
     sizes: tuple[Size, ...] = ("small", "default", "paper")
     """small is 1 + 1 layers, dim 16, batch 8; paper is dim 512, 8 heads, batch 32. Only the latter uses more than one
-    thread."""
+    thread, unless OMP_NUM_THREADS says otherwise."""
 
 
 FLAGS = {

@@ -54,7 +54,7 @@ def resumed() -> str:
         pl.Trainer.fit = fit
     pairs = zip(read_metrics(Path("whole"))[0][20:], read_metrics(Path("second"))[0], strict=True)
     gap = max(abs(a["train/loss_step"] - b["train/loss_step"]) for a, b in pairs)
-    return f"losses after the checkpoint differ by up to {gap:.2g}; with train.py --resume by 0"
+    return f"losses after the checkpoint differ by up to {gap:.2g}"
 
 
 def on_two_processes(variant: str) -> str:

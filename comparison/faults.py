@@ -174,10 +174,16 @@ def full_disk() -> str:
     return f"exit code {code}, files {', '.join(sorted(left))}"
 
 
+def until_it_waits(process: subprocess.Popen) -> None:
+    while not Path("waiting").exists():
+        if process.poll() is not None:
+            raise RuntimeError(f"the training ended with exit code {process.returncode} before the fault")
+        time.sleep(0.1)
+
+
 def two_in_a_folder() -> str:
     first = start("waiting")
-    while not Path("waiting").exists():
-        time.sleep(0.1)
+    until_it_waits(first)
     second = start("whole")
     code = second.wait()
     Path("go on").touch()
@@ -186,8 +192,7 @@ def two_in_a_folder() -> str:
 
 def service_killed() -> str:
     process = start("offline")
-    while not Path("waiting").exists():
-        time.sleep(0.1)
+    until_it_waits(process)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     for pid in found.stdout.split():
         os.kill(int(pid), signal.SIGKILL)

@@ -16,7 +16,7 @@ class Hidden:
     tag: str
     lightning: str  # what Lightning does
     where: str  # in which of its files, package first, and in which function or class
-    twin: str  # the text in train_lightning.py that asks for it, or the class of parity_hooks.py
+    twin: str  # the text in train_lightning.py that asks for it
     without: str  # what `python -m comparison.without` reports when our line is gone
 
 
@@ -147,7 +147,7 @@ HIDDEN = [
         "`--resume` goes back to update 0, not 300",
     ),
     Hidden(
-        "the best weights, not the last", "tests the last weights, unless told `ckpt_path=\"best\"`",
+        "the best weights, not the last", "given the module, tests its last weights, unless told `ckpt_path=\"best\"`",
         f"{PL}/trainer/connectors/checkpoint_connector.py:_parse_ckpt_path", 'ckpt_path="best"',
         "the last weights are tested: another test loss (0.022 → 0.003 here: more luck than merit, and not the file "
         "one would use)",

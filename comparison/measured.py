@@ -175,7 +175,8 @@ def main() -> None:
             **watch.results(int(log_every)),
             "startup_s": first_update - float(started),
             "total_s": time.time() - float(started),
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            / (2**20 if sys.platform == "darwin" else 2**10),
             "frames": watch.frames,
         }
         file.write_text(json.dumps(results))

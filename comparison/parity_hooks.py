@@ -1,7 +1,7 @@
 """Where Lightning computes other numbers than train.py: each difference is one class here, and a lesson.
 
 With one process, `--accumulate 1` and float32 none of them is needed: then plain Lightning gives the same bits.
-A test takes each one out in turn and sees the numbers part.
+A test takes each one out in turn and sees the numbers part, or Lightning refuse.
 
 autocast keeps the weights that it has cast until it is left. That parts the two only where a weight is multiplied twice
 inside it, and none is here: both programs leave it after each batch.

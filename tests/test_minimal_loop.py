@@ -1,6 +1,10 @@
 """The loop for the whiteboard computes what train.py computes with its features off, to the last bit."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -39,6 +43,21 @@ def test_same_losses_and_weights_to_the_last_bit(both):
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     expected = [f"{row['val/loss_epoch']:.4f}" for row in read_metrics(folder) if "val/loss_epoch" in row]
     assert re.findall(r": loss ([\d.]+),", printed) == expected
+
+
+@pytest.mark.slow
+def test_the_commands_as_typed_give_the_same_losses(tmp_path):
+    """Without the one thread that all other tests are held to."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    code = "from comparison import minimal_loop as m; m.NUM_DATAS, m.NUM_EPOCHS = 1024, 1; print(m.main()[1])"
+    minimal = [sys.executable, "-c", code]
+    flags = [*FEATURES_OFF, "--accelerator", "cpu", "--num-datas", "1024", "--max-epochs", "1", "--wandb", "disabled"]
+    full = [sys.executable, "train.py", *flags, "--run-dir", str(tmp_path / "run")]
+    printed, _ = (
+        subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True).stdout
+        for command in (minimal, full)
+    )
+    assert json.loads(printed.splitlines()[-1]) == step_losses(tmp_path / "run")
 
 
 @pytest.mark.parametrize("flags", [["--clip-norm", "0.5"], ["--warmup-steps", "10"], ["--accumulate", "2"]])
