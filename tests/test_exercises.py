@@ -88,6 +88,7 @@ def check(folder, solutions: dict[str, str], names: list[str]) -> subprocess.Com
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_handed_out_they_fail_and_say_what_is_to_do(tmp_path):
     finished = check(tmp_path, {}, EXERCISES)
     assert finished.returncode == 1, finished.stdout
@@ -105,6 +106,7 @@ def gaps(name: str) -> list[str]:
     return [function.name for function in functions if isinstance(function.body[-1], ast.Raise)]
 
 
+@pytest.mark.slow
 def test_with_the_programs_own_code_they_pass(tmp_path):
     finished = check(tmp_path, SOLUTIONS, EXERCISES)
     assert finished.returncode == 0, finished.stdout
