@@ -164,7 +164,7 @@ def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[torch.dt
 def prepare_cpu(dim: int, batch_size: int) -> str:
     """Keep freed memory, spare the garbage collector, leave a small model to one thread. -> why so many threads.
 
-    A second thread makes its steps no faster, and where other programs run both threads wait for each other: the
+    A second thread makes its steps little faster, and where other programs run both threads wait for each other: the
     default training then takes minutes instead of half a one.
     """
     keep_freed_memory()
@@ -173,7 +173,7 @@ def prepare_cpu(dim: int, batch_size: int) -> str:
         return "OMP_NUM_THREADS"
     if dim * batch_size <= 32 * 128:
         torch.set_num_threads(1)
-        return "a model this small gains nothing from more"
+        return "a model this small gains little from more"
     return "one a core"
 
 
