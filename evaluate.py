@@ -1,7 +1,7 @@
-"""Evaluate a trained run: let the model answer every pair by itself, and say which answers are right.
+"""Evaluate a trained run: let the model answer every pair by itself, and count the right answers.
 
-python evaluate.py                          the newest run's best weights, one pair it has never seen
-python evaluate.py --pair 8 4               a pair of your choice
+python evaluate.py                  the newest run's best weights, and a pair it has never seen
+python evaluate.py --pair 8 4       a pair of your choice
 python evaluate.py --run runs/<name> --checkpoint last
 """
 
@@ -15,31 +15,31 @@ import torch
 import tyro
 from torch.nn import functional as F
 
+from transformer_scratch.batches import BatchSampler, PairDataset, make_loader
 from transformer_scratch.checkpoint import CheckpointError, load_checkpoint, load_first_good
-from transformer_scratch.config import saved_config
-from transformer_scratch.data import BatchSampler, Pair, PairDataset, Splits, Task, make_loader, split_pairs
-from transformer_scratch.errors import BadInput, exit_codes
+from transformer_scratch.config import config_of_checkpoint
+from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.evaluation import Prediction, exact_match, pair_to_show, predict
+from transformer_scratch.hardware import choose_device, choose_threads, keep_freed_memory
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import newest_run
-from transformer_scratch.runtime import choose_device, prepare_cpu
+from transformer_scratch.task import Pair, Splits, Task, split_pairs
 
 
 @dataclass
 class Arguments:
-    """Decode every pair with a trained model; print one in full, count the exact ones, write evaluation.json."""
+    """Let a trained model answer every pair: print one in full, count the exact answers."""
 
     run: str | None = None
     """Folder of the run. None: the newest in runs/."""
     checkpoint: str = "best"
     """best (lowest validation loss), last, or the path of a checkpoint file."""
     pair: tuple[int, ...] = ()
-    """The two digits to print in full, for example --pair 8 4. None given: the first test pair with a run of four or
-    more."""
+    """The two digits to print in full: --pair 8 4. Not given: the first longer test pair."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     pictures: bool = True
-    """Draw what the model answers, where it looks and how it learned, into the run's pictures/."""
+    """Draw what the model answers, where it looks and how it learned, in the run's pictures/."""
 
 
 def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
@@ -48,18 +48,26 @@ def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
     Where best.pt or last.pt is damaged, another good file of the run is taken, with a warning.
     """
     if arguments.run is not None and not Path(arguments.run).is_dir():
-        raise BadInput(f"--run {arguments.run}: there is no such folder; give the folder of a run, runs/<name>")
+        raise BadInput(f"--run {arguments.run}: no such folder; give a run's, runs/<name>")
     if arguments.checkpoint not in ("best", "last"):
         file = Path(arguments.checkpoint)
         if not file.is_file():
-            raise BadInput(f"--checkpoint {file}: no such file; give best, last or a path, runs/<name>/epoch=3.pt")
-        return load_checkpoint(file), file, file.parent if arguments.run is None else Path(arguments.run)
+            raise BadInput(
+                f"--checkpoint {file}: no such file; give best, last or a path, "
+                "runs/<name>/epoch=3.pt"
+            )
+        folder = file.parent if arguments.run is None else Path(arguments.run)
+        return load_checkpoint(file), file, folder
     folder = newest_run() if arguments.run is None else Path(arguments.run)
-    latest_first = sorted(folder.glob("epoch=*.pt"), key=lambda file: file.stat().st_mtime, reverse=True)
+    latest_first = sorted(
+        folder.glob("epoch=*.pt"), key=lambda file: file.stat().st_mtime, reverse=True
+    )
     others = {"best": [*latest_first, folder / "last.pt"], "last": [folder / "previous.pt"]}
     candidates = [folder / f"{arguments.checkpoint}.pt", *others[arguments.checkpoint]]
     if not any(file.exists() for file in candidates):
-        raise CheckpointError(f"--run {folder}: there is no checkpoint in it; train one with: python train.py")
+        raise CheckpointError(
+            f"--run {folder}: there is no checkpoint in it; train one with: python train.py"
+        )
     content, file = load_first_good(candidates)
     return content, file, folder
 
@@ -69,9 +77,15 @@ def mean_loss(model: Transformer, dataset: PairDataset, device: torch.device) ->
     """The teacher-forced cross-entropy, as in training: its mean over all target tokens."""
     loss_sum, num_tokens = 0.0, 0
     for batch in make_loader(BatchSampler(dataset, batch_size=1_000)):
-        logits = model(batch.source.to(device), batch.decoder_input.to(device))  # (B, T, V)
-        target = batch.target.to(device).flatten()
-        loss_sum += F.cross_entropy(logits.flatten(0, 1), target, ignore_index=model.pad_id, reduction="sum").item()
+        batch = batch.to(device)
+        logits = model(batch.source, batch.decoder_input, batch.source_is_padded)  # (B, T, V)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1),
+            batch.target.flatten(),
+            ignore_index=model.pad_id,
+            reduction="sum",
+        )
+        loss_sum += loss.item()
         num_tokens += batch.num_tokens
     return loss_sum / num_tokens
 
@@ -81,7 +95,9 @@ def print_article_block(task: Task, prediction: Prediction) -> None:
     y = task.encode_target(prediction.pair)
     decoded = task.pad(prediction.tokens)[: task.max_target_len]
     print(f"x           : [{task.encode_source(prediction.pair)}]")
-    print(f"dec_input   : [{[task.start_id, *decoded[:-1]]}]")  # what the decoder was fed: its own answer
+    print(
+        f"dec_input   : [{[task.start_id, *decoded[:-1]]}]"
+    )  # what the decoder was fed: its own answer
     print(f"target      : [{y[1:]}]")
     print(f"prediction  : [{decoded}]")
     print(f"accuracy    : {prediction.token_matches / len(prediction.target):.4g}")
@@ -128,7 +144,9 @@ def print_summary(result: dict, task: Task, file: Path, folder: Path) -> None:
         )
     else:
         print("unseen pairs    none: this run trained on every pair (--holdout 0)")
-    print(f"all pairs       {result['token_accuracy']:.1%} of the tokens right, loss {result['loss']:.4f}")
+    print(
+        f"all pairs       {result['token_accuracy']:.1%} of the tokens right, loss {result['loss']:.4f}"
+    )
     wrong = [row for row in result["predictions"] if not row["exact"]]
     for row in wrong[:20]:
         kind = "trained" if row["seen"] else "unseen"
@@ -140,50 +158,58 @@ def print_summary(result: dict, task: Task, file: Path, folder: Path) -> None:
     print(f"written         {folder / 'evaluation.json'}")
 
 
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=arguments)
     content, file, folder = load_run(arguments)
-    config = saved_config(content, file)
+    config = config_of_checkpoint(content, file)
     device, _ = choose_device(arguments.accelerator)
-    prepare_cpu(config.dim, config.batch_size)
-    task = Task(config.num_categories, config.seq_len)
+    choose_threads(config.dim, config.batch_size)
+    keep_freed_memory()
+    task = Task.from_config(config)
     splits = split_pairs(task, config.holdout, config.seed)
     pair = arguments.pair or pair_to_show(task, splits.test)
     if len(pair) != 2:
         raise BadInput("--pair takes two digits, for example --pair 8 4")
     if not all(0 <= digit < task.num_categories for digit in pair):
-        raise BadInput(f"--pair {pair[0]} {pair[1]}: this run knows the digits 0 to {task.num_categories - 1}")
+        raise BadInput(
+            f"--pair {pair[0]} {pair[1]}: this run knows the digits 0 to {task.num_categories - 1}"
+        )
 
-    model = Transformer(
-        task.vocab_size, config.dim, config.num_heads, config.num_layers, config.ffn_dim, config.dropout,
-        config.tie_embeddings, task.pad_id,
-    ).to(device)  # fmt: skip
+    model = Transformer.from_config(config, task).to(device)
     model.load_state_dict(content["model"])
     model.eval()
 
-    predictions = {prediction.pair: prediction for prediction in predict(model, task, task.all_pairs())}
-    result = results(predictions, splits, mean_loss(model, PairDataset(task, task.all_pairs()), device))
+    predictions = {
+        prediction.pair: prediction for prediction in predict(model, task, task.all_pairs())
+    }
+    result = results(
+        predictions, splits, mean_loss(model, PairDataset(task, task.all_pairs()), device)
+    )
     print_article_block(task, predictions[pair])
-    print(f"({pair[0]} {pair[1]} was {'trained' if pair in splits.train else 'never trained'}; "
-          f"{task.start_id} starts, {task.end_id} ends, {task.pad_id} pads)")  # fmt: skip
+    print(
+        f"({pair[0]} {pair[1]} was {'trained' if pair in splits.train else 'never trained'}; "
+        f"{task.start_id} starts, {task.end_id} ends, {task.pad_id} pads)"
+    )
     try:
         temporary = folder / "evaluation.json.tmp"
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, folder / "evaluation.json")
     except OSError as error:
         raise BadInput(f"{folder / 'evaluation.json'} cannot be written: {error}") from None
     print_summary(result, task, file, folder)
     if arguments.pictures:
-        from transformer_scratch.plots import save_pictures  # only here: matplotlib takes a while to start
+        from transformer_scratch.plots import save_pictures  # matplotlib takes long to import
 
         try:
             files = save_pictures(folder, model, task, splits, predictions, pair, config.clip_norm)
         except OSError as error:
-            raise BadInput(f"the pictures cannot be written: {error}; --no-pictures leaves them out") from None
+            raise BadInput(
+                f"the pictures cannot be written: {error}; --no-pictures leaves them out"
+            ) from None
         print(f"pictures        {', '.join(picture.name for picture in files)}")
         print(f"next            look at {files[0]}")
 
 
 if __name__ == "__main__":
-    with exit_codes():
-        main()
+    main()

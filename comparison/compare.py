@@ -47,7 +47,9 @@ def new_folder(wanted: str | None) -> Path:
             raise BadInput(f"--run-dir {folder} is not an empty folder; give a new one")
     else:
         taken = {path.name for path in RUNS.glob("compare*")}
-        number = next(n for n in range(1, 10**6) if ("compare" if n == 1 else f"compare-{n}") not in taken)
+        number = next(
+            n for n in range(1, 10**6) if ("compare" if n == 1 else f"compare-{n}") not in taken
+        )
         folder = RUNS / ("compare" if number == 1 else f"compare-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
@@ -60,19 +62,29 @@ def number_of_updates(config: Config) -> int:
 
 def start(output: Path | None, module: str, *arguments: object, devices: int = 1) -> None:
     """Run a module of this project to its end, on one process or several. Raises RuntimeError where it fails."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)] if devices > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
+        if devices > 1
+        else []
+    )
     command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
     search = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with open(output or os.devnull, "w") as file:
         stream = file if output else None
         code = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": search}, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+            command,
+            env={**os.environ, "PYTHONPATH": search},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
         ).returncode
     if code:
         raise RuntimeError(f"{module} {arguments[0]} ended with exit code {code}")
 
 
-def run_both(folder: Path, config: Config, flags: list[str]) -> tuple[dict[str, dict], dict[str, dict]]:
+def run_both(
+    folder: Path, config: Config, flags: list[str]
+) -> tuple[dict[str, dict], dict[str, dict]]:
     """-> what the stopwatch read, and how much code there is to read, for each side."""
     measures = {}
     steps = number_of_updates(config)
@@ -83,7 +95,9 @@ def run_both(folder: Path, config: Config, flags: list[str]) -> tuple[dict[str, 
             start(None, "comparison.measured", side, file, steps, config.log_every, time.time(), *given,
                   devices=config.devices)  # fmt: skip
         except RuntimeError:
-            output = file.with_suffix(".txt")  # absent where the program ended before it could open it
+            output = file.with_suffix(
+                ".txt"
+            )  # absent where the program ended before it could open it
             if output.exists():
                 print("".join(output.read_text().splitlines(keepends=True)[-30:]), file=sys.stderr)
             raise
@@ -112,11 +126,16 @@ def table(parity: Parity, measures: dict, lines: dict, folder: Path) -> list[tup
     """(what, train.py, Lightning)"""
 
     def measured(name: str, form: str) -> tuple[str, str]:
-        return tuple(form.format(measures[side][name]) if measures[side][name] is not None else "-" for side in SIDES)
+        return tuple(
+            form.format(measures[side][name]) if measures[side][name] is not None else "-"
+            for side in SIDES
+        )
 
     rows = []
     for name, (ours, theirs) in parity.epoch_figures.items():
-        rows.append((name, f"{ours:.8g}", f"{theirs:.8g}" if ours == theirs else f"{theirs:.8g}  DIFFERENT"))
+        rows.append(
+            (name, f"{ours:.8g}", f"{theirs:.8g}" if ours == theirs else f"{theirs:.8g}  DIFFERENT")
+        )
     yes = {True: "equal", False: "DIFFERENT"}
     rows += [
         ("loss of every step", "", yes[parity.max_loss_difference == 0]),
@@ -150,7 +169,9 @@ def draw(parity: Parity, file: Path) -> None:
     """Both loss curves, one over the other, and their difference."""
     ours, theirs = zip(*parity.losses, strict=True)
     steps = range(1, len(ours) + 1)
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=[3, 1], layout="constrained")
+    figure, (above, below) = plt.subplots(
+        2, 1, sharex=True, figsize=(8, 5), height_ratios=[3, 1], layout="constrained"
+    )
     above.plot(steps, theirs, color="#b8b8b8", linewidth=4, label="Lightning")
     above.plot(steps, ours, color="#c2410c", linewidth=1, label="train.py")
     above.set_ylabel("training loss")

@@ -21,7 +21,18 @@ from comparison.parity_hooks import HOOKS
 PROJECT = Path(__file__).resolve().parent.parent
 SMALL = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas", "640", "--max-epochs", "2",
          "--lr", "0.01", "--seed", "3", "--wandb", "disabled"]  # fmt: skip
-OVERFLOWS = ["--amp", "fp16", "--dim", "64", "--batch-size", "1", "--num-datas", "40", "--lr", "0.02"]
+OVERFLOWS = [
+    "--amp",
+    "fp16",
+    "--dim",
+    "64",
+    "--batch-size",
+    "1",
+    "--num-datas",
+    "40",
+    "--lr",
+    "0.02",
+]
 
 
 class PlainSync:
@@ -60,13 +71,25 @@ def resumed() -> str:
 def on_two_processes(variant: str) -> str:
     """The validation loss that Lightning logs and ranks checkpoints by, against that of train.py."""
     search = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     flags = [*SMALL, "--devices", "2", "--batch-size", "16", "--max-epochs", "1"]
-    for module, *arguments in (("train", "--run-dir", "plain"), ("comparison.differences", variant)):
+    for module, *arguments in (
+        ("train", "--run-dir", "plain"),
+        ("comparison.differences", variant),
+    ):
         subprocess.run(
             [*command, "-m", module, *arguments, *flags], env=search, check=True, capture_output=True
         )  # fmt: skip
-    ours, theirs = (read_metrics(Path(folder))[1][0]["val/loss_epoch"] for folder in ("plain", "lightning"))
+    ours, theirs = (
+        read_metrics(Path(folder))[1][0]["val/loss_epoch"] for folder in ("plain", "lightning")
+    )
     return f"validation loss {ours:.4f}, Lightning logs {theirs:.4f}"
 
 
@@ -86,7 +109,9 @@ ROWS = {
     ),
     "resume from a checkpoint that has no random state": resumed,
     "two processes, sync_dist=True, an odd number of tokens": lambda: on_two_processes("sync_dist"),
-    "two processes, sync_dist left out: one process's share": lambda: on_two_processes("rank_local"),
+    "two processes, sync_dist left out: one process's share": lambda: on_two_processes(
+        "rank_local"
+    ),
 }
 
 

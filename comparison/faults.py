@@ -61,7 +61,11 @@ def resume_from(file: Path) -> None:
 
 def every_steps(number: int) -> ModelCheckpoint:
     return ModelCheckpoint(
-        "run", "step={step}", every_n_train_steps=number, save_top_k=-1, auto_insert_metric_name=False
+        "run",
+        "step={step}",
+        every_n_train_steps=number,
+        save_top_k=-1,
+        auto_insert_metric_name=False,
     )
 
 
@@ -127,7 +131,9 @@ def resume() -> str:
     for where in ("at the end of an epoch", "in the middle of an epoch"):
         code = run(f"resumed {where}")
         last = max(Path("run").glob("epoch=1*.ckpt"), key=lambda file: file.stat().st_mtime)
-        found.append(f"{where}: exit code {code}, weights {'equal' if weights(last) == whole else 'differ'}")
+        found.append(
+            f"{where}: exit code {code}, weights {'equal' if weights(last) == whole else 'differ'}"
+        )
     return "; ".join(found)
 
 
@@ -177,7 +183,9 @@ def full_disk() -> str:
 def until_it_waits(process: subprocess.Popen) -> None:
     while not Path("waiting").exists():
         if process.poll() is not None:
-            raise RuntimeError(f"the training ended with exit code {process.returncode} before the fault")
+            raise RuntimeError(
+                f"the training ended with exit code {process.returncode} before the fault"
+            )
         time.sleep(0.1)
 
 
@@ -193,7 +201,9 @@ def two_in_a_folder() -> str:
 def service_killed() -> str:
     process = start("offline")
     until_it_waits(process)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
     for pid in found.stdout.split():
         os.kill(int(pid), signal.SIGKILL)
     Path("go on").touch()
@@ -201,7 +211,14 @@ def service_killed() -> str:
 
 
 def restarted() -> str:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    )
     process = start("restarted", before=(*torchrun, "--max-restarts", "1"), start_new_session=True)
     try:
         return f"exit code {process.wait(180)}, from the beginning"

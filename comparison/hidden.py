@@ -166,11 +166,16 @@ def line_of(text: str, tag: str) -> tuple[int, str]:
 def table() -> str:
     """The table of the README, one row a tag, in the order of train.py."""
     source = (PROJECT / "train.py").read_text()
-    rows = ["| tag | Lightning | where | our line in `train.py` | without it |", "|---|---|---|---|---|"]
+    rows = [
+        "| tag | Lightning | where | our line in `train.py` | without it |",
+        "|---|---|---|---|---|",
+    ]
     for hidden in HIDDEN:
         file, name = hidden.where.split(":")
         code = line_of(source, hidden.tag)[1].replace("|", "\\|")
-        rows.append(f"| {hidden.tag} | {hidden.lightning} | `{name}` in `{file}` | `{code}` | {hidden.without} |")
+        rows.append(
+            f"| {hidden.tag} | {hidden.lightning} | `{name}` in `{file}` | `{code}` | {hidden.without} |"
+        )
     return "\n".join(rows)
 
 

@@ -36,7 +36,10 @@ SHARED = [
     (torch.amp.autocast, "__exit__"),  # lets go of the weights it has cast
     (torch.nn.utils, "clip_grad_norm_"),
     (torch.optim.Optimizer, "zero_grad"),
-    (torch.autograd.profiler.record_function, "__enter__"),  # PyTorch puts it around every optimizer's step
+    (
+        torch.autograd.profiler.record_function,
+        "__enter__",
+    ),  # PyTorch puts it around every optimizer's step
     (torch.autograd.profiler.record_function, "__exit__"),
 ]
 
@@ -57,7 +60,10 @@ class Stopwatch:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Time what runs meanwhile."""
-        timed = [(owner, name, self.timed(getattr(owner, name), name == "cross_entropy")) for owner, name in SHARED]
+        timed = [
+            (owner, name, self.timed(getattr(owner, name), name == "cross_entropy"))
+            for owner, name in SHARED
+        ]
         timed += [(torch.Tensor, "backward", self.timed_backward(torch.Tensor.backward))]
         timed += [(torch.optim.AdamW, "step", self.timed_step(torch.optim.AdamW.step))]
         with contextlib.ExitStack() as stack:
@@ -149,7 +155,10 @@ class Stopwatch:
             return {"step_ms": None, "around_us": None}
         steps = [(b[0] - a[0]) / window for a, b in pairs]
         around = [(b[0] - a[0] - b[1] + a[1]) / window for a, b in pairs]
-        return {"step_ms": statistics.median(steps) * 1e3, "around_us": statistics.median(around) * 1e6}
+        return {
+            "step_ms": statistics.median(steps) * 1e3,
+            "around_us": statistics.median(around) * 1e6,
+        }
 
 
 def main() -> None:
@@ -162,7 +171,12 @@ def main() -> None:
     os.dup2(output.fileno(), 2)
     interval = 0.2 if screen.isatty() else 10.0
     bar = tqdm(
-        total=int(steps), desc=f"{which:<10}", unit="step", file=screen, mininterval=interval, disable=not is_main
+        total=int(steps),
+        desc=f"{which:<10}",
+        unit="step",
+        file=screen,
+        mininterval=interval,
+        disable=not is_main,
     )
 
     program = "train" if which == "plain" else "comparison.train_lightning"

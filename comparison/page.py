@@ -89,7 +89,11 @@ def write_page(folder: Path, parity: Parity, rows: list[tuple[str, str, str]]) -
     }
     light, dark = HtmlFormatter(style="default"), HtmlFormatter(style="github-dark")
     colours = "\n".join(light.get_token_style_defs("pre"))
-    colours += "\n@media (prefers-color-scheme: dark) {\n" + "\n".join(dark.get_token_style_defs("pre")) + "\n}"
+    colours += (
+        "\n@media (prefers-color-scheme: dark) {\n"
+        + "\n".join(dark.get_token_style_defs("pre"))
+        + "\n}"
+    )
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True)
     html = environment.get_template(TEMPLATE.name).render(
         verdict=parity.last_line(),

@@ -1,12 +1,13 @@
 """Are two runs the same run? Reads what train.py and its Lightning twin wrote, and takes the differences."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from transformer_scratch.run_folder import read_metrics
 
 
 @dataclass
@@ -18,11 +19,15 @@ class Parity:
     skipped: tuple[int, int]  # updates that fp16 overflow skipped, in each
     max_loss_difference: float
     weights_equal: bool
-    others: dict[str, bool] = field(default_factory=dict)  # norms, learning rates, states at the end: equal or not
+    others: dict[str, bool] = field(
+        default_factory=dict
+    )  # norms, learning rates, states at the end: equal or not
 
     @property
     def first_different_step(self) -> int | None:
-        return next((step for step, pair in enumerate(self.losses, start=1) if pair[0] != pair[1]), None)
+        return next(
+            (step for step, pair in enumerate(self.losses, start=1) if pair[0] != pair[1]), None
+        )
 
     @property
     def differences(self) -> list[str]:
@@ -43,10 +48,12 @@ class Parity:
         )
 
 
-def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
+def split_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
     """-> the rows of updates, and those of epochs with the test's row at the end."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "train/loss_step" in row], [row for row in rows if "train/loss_step" not in row]
+    rows = read_metrics(folder)
+    return [row for row in rows if "train/loss_step" in row], [
+        row for row in rows if "train/loss_step" not in row
+    ]
 
 
 def same(a: object, b: object) -> bool:
@@ -54,7 +61,9 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -62,7 +71,8 @@ def same(a: object, b: object) -> bool:
 
 def compare_runs(plain: Path, lightning: Path) -> Parity:
     """plain: a folder of train.py; lightning: one of the twin."""
-    (our_steps, our_epochs), (their_steps, their_epochs) = read_metrics(plain), read_metrics(lightning)
+    our_steps, our_epochs = split_metrics(plain)
+    their_steps, their_epochs = split_metrics(lightning)
     ours = torch.load(plain / "last.pt", map_location="cpu", weights_only=True)
     theirs = torch.load(lightning / "final.pt", map_location="cpu", weights_only=True)
 
@@ -75,7 +85,9 @@ def compare_runs(plain: Path, lightning: Path) -> Parity:
 
     figures = {}
     for index in range(max(len(our_epochs), len(their_epochs))):
-        our_row, their_row = (rows[index] if index < len(rows) else {} for rows in (our_epochs, their_epochs))
+        our_row, their_row = (
+            rows[index] if index < len(rows) else {} for rows in (our_epochs, their_epochs)
+        )
         for name in sorted((our_row.keys() | their_row.keys()) - {"step", "epoch"}):
             label = name if name.startswith("test/") else f"{name}, epoch {index}"
             figures[label] = (our_row.get(name, math.nan), their_row.get(name, math.nan))
@@ -84,7 +96,9 @@ def compare_runs(plain: Path, lightning: Path) -> Parity:
         losses=losses,
         epoch_figures=figures,
         skipped=tuple(sum("skipped" in row for row in rows) for rows in (our_steps, their_steps)),
-        max_loss_difference=max((math.inf if math.isnan(gap) else gap for gap in gaps), default=math.inf),
+        max_loss_difference=max(
+            (math.inf if math.isnan(gap) else gap for gap in gaps), default=math.inf
+        ),
         weights_equal=same(dict(ours["model"]), dict(theirs["model"])),
         others={
             "gradient norms": column(our_steps, "grad_norm") == column(their_steps, "grad_norm"),

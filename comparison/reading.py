@@ -12,7 +12,13 @@ from types import CodeType
 
 PROJECT = Path(__file__).resolve().parent.parent
 LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics")
-APPARATUS = {"recorder.py", "reading.py", "measured.py", "compare.py", "parity.py"}  # of this comparison
+APPARATUS = {
+    "recorder.py",
+    "reading.py",
+    "measured.py",
+    "compare.py",
+    "parity.py",
+}  # of this comparison
 
 
 def is_counted(file: str) -> bool:
@@ -44,7 +50,9 @@ def functions_that_run(program: str, flags: list[str]) -> set[CodeType]:
 
 def code_lines(functions: set[CodeType]) -> list[tuple[str, int]]:
     """The lines with code in them, without comments, docstrings and blank ones."""
-    lines = {(code.co_filename, line) for code in functions for _, _, line in code.co_lines() if line}
+    lines = {
+        (code.co_filename, line) for code in functions for _, _, line in code.co_lines() if line
+    }
     return sorted(lines)
 
 

@@ -1,4 +1,4 @@
-"""Writes down what the Lightning twin computed, in the form of train.py's metrics.jsonl; it changes nothing."""
+"""Writes what the Lightning twin computes in the form of train.py's metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from transformer_scratch.runtime import Processes
+from transformer_scratch.processes import Processes
 
 
 class Recorder(pl.Callback):
@@ -22,21 +22,31 @@ class Recorder(pl.Callback):
 
     def append(self, row: dict) -> None:
         if self.processes.is_main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer
+    ) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.scale = scaler.get_scale() if scaler else 1.0
         self.lr = optimizer.param_groups[0]["lr"]
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx) -> None:
-        self.update_loss = self.update_loss + outputs["loss"]  # divided by accumulate_grad_batches already
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx
+    ) -> None:
+        share = batch.num_tokens / batch.update_tokens
+        self.update_loss = self.update_loss + outputs["token_loss"] * share
         if trainer.global_step == self.step:
             return  # gradients are still being added up
         self.step = trainer.global_step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        row = {"step": self.step, "epoch": trainer.current_epoch, "train/loss_step": self.update_loss, "lr": self.lr}
+        row = {
+            "step": self.step,
+            "epoch": trainer.current_epoch,
+            "train/loss_step": self.update_loss,
+            "lr": self.lr,
+        }
         row["grad_norm"] = getattr(module, "grad_norm", None)
         if scaler and scaler.get_scale() < self.scale:
             row |= {"grad_norm": None, "skipped": True}
@@ -44,10 +54,11 @@ class Recorder(pl.Callback):
         self.update_loss = 0.0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # First Lightning's own sums over the processes: the main process's progress bar has asked for them already.
+        # Lightning's own sums over the processes first: on the main process its progress bar has
+        # already asked for them.
         metrics = {name: trainer.callback_metrics[name].item() for name in EPOCH_METRICS}
         losses = torch.stack([row["train/loss_step"] for row in self.waiting])
-        losses = (self.processes.sum(losses) / self.processes.world_size).tolist()
+        losses = self.processes.sum(losses).tolist()
         for row, loss in zip(self.waiting, losses, strict=True):
             if isinstance(row["grad_norm"], Tensor):
                 row["grad_norm"] = row["grad_norm"].item()

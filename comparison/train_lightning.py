@@ -1,10 +1,10 @@
-"""The same training as train.py, the way a user of PyTorch Lightning writes it. Same flags, same numbers, bit for bit.
+"""The training of train.py as a user of PyTorch Lightning writes it: the same numbers, bit for bit.
 
-    python -m comparison.train_lightning --dim 64
+    python -m comparison.train_lightning --dim 64       the flags of train.py
 
-What trains is shared: configuration, data, model, optimizer, schedule and decoding come from transformer_scratch.
-What differs is who runs the loop: here it is `trainer.fit`. Where the two programs would compute different numbers,
-parity_hooks.py makes Lightning do what train.py does, one class for each difference.
+Settings, data, model, optimizer, schedule and decoding are those of transformer_scratch. What
+differs is who runs the loop: here it is trainer.fit. Where Lightning would compute other numbers
+than train.py, parity_hooks.py makes it compute the same, with one class for each difference.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,21 @@ from torch.nn import functional as F
 
 from comparison.parity_hooks import HOOKS, precision, with_hooks
 from comparison.recorder import Recorder
-from transformer_scratch.config import Config, load_config, run_name, settle_config
-from transformer_scratch.data import Batch, BatchSampler, Splits, Task, make_datasets, make_loader, split_pairs
-from transformer_scratch.errors import BadInput, exit_codes
+from transformer_scratch.batches import Batch, make_loaders
+from transformer_scratch.config import Config, load_config, run_name
+from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.evaluation import exact_match, predict
+from transformer_scratch.hardware import (
+    choose_device,
+    choose_threads,
+    compile_model,
+    keep_freed_memory,
+)
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
-from transformer_scratch.runtime import RUNS, compile_model, prepare_cpu, start_processes
+from transformer_scratch.processes import start_processes
+from transformer_scratch.run_folder import RUNS
+from transformer_scratch.task import Splits, Task, split_pairs
 from transformer_scratch.tracking import choose_mode
 
 
@@ -36,10 +44,7 @@ class LitTransformer(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(asdict(config))  # without it the W&B run has no configuration
         self.config, self.task, self.splits = config, task, splits
-        self.model = Transformer(
-            task.vocab_size, config.dim, config.num_heads, config.num_layers, config.ffn_dim, config.dropout,
-            config.tie_embeddings, task.pad_id,
-        )  # fmt: skip
+        self.model = Transformer.from_config(config, task)
         if config.compile:
             compile_model(self.model)
 
@@ -48,21 +53,26 @@ class LitTransformer(pl.LightningModule):
             self.model, self.config.lr, self.config.weight_decay, fused=self.config.amp != "fp16"
         )
         schedule = make_schedule(optimizer, self.config.warmup_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
+        }
 
     def token_loss(self, batch: Batch) -> Tensor:
-        logits = self.model(batch.source, batch.decoder_input, batch.tokens)  # (N, V)
-        return F.cross_entropy(logits, batch.target.flatten()[batch.tokens])
+        logits = self.model(batch.source, batch.decoder_input, batch.source_is_padded)  # (B, T, V)
+        target = batch.target.flatten()
+        return F.cross_entropy(logits.flatten(0, 1), target, ignore_index=self.task.pad_id)
 
-    # The three steps run under autocast, on a batch that is on the device already. What training_step returns is
-    # divided by accumulate_grad_batches, scaled, sent backward, unscaled and clipped; then come optimizer, scaler
-    # and schedule. train.py has a line for each.
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    # Lightning calls the three steps under autocast, with a batch that is on the device already. It
+    # divides the loss by accumulate_grad_batches, scales it, runs backward, unscales and clips; then
+    # come optimizer, scaler and schedule. train.py has a line for each.
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         loss = self.token_loss(batch)
         self.log_loss("train", loss, batch, prog_bar=True)
-        return loss
+        weight = batch.num_tokens / batch.mean_update_tokens
+        return {"loss": loss * weight, "token_loss": loss.detach()}
 
-    # Before these, eval mode and no gradients; after them, every module's mode is put back as it was.
+    # Before these steps Lightning switches to eval mode and gradients off, and back after them.
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log_loss("val", self.token_loss(batch), batch)
 
@@ -70,11 +80,16 @@ class LitTransformer(pl.LightningModule):
         self.log_loss("test", self.token_loss(batch), batch)
 
     def log_loss(self, split: str, loss: Tensor, batch: Batch, prog_bar: bool = False) -> None:
-        """One call, two curves: <split>/loss_step, and <split>/loss_epoch, the mean weighted by batch_size."""
+        """One call, two curves: <split>/loss_step, and <split>/loss_epoch, their weighted mean."""
         self.log(
-            f"{split}/loss", loss, on_step=True, on_epoch=True, prog_bar=prog_bar, batch_size=batch.num_tokens,
+            f"{split}/loss",
+            loss,
+            on_step=True,
+            on_epoch=True,
+            prog_bar=prog_bar,
+            batch_size=batch.num_tokens,
             sync_dist=self.trainer.world_size > 1,
-        )  # fmt: skip
+        )
 
     def on_validation_epoch_end(self) -> None:
         self.log_exact_match("val", self.splits.val)
@@ -83,33 +98,33 @@ class LitTransformer(pl.LightningModule):
         self.log_exact_match("test", self.splits.test)
 
     def log_exact_match(self, split: str, pairs: list) -> None:
-        with self.trainer.precision_plugin.forward_context():  # autocast: outside of the steps nobody puts it on
+        # Lightning lays autocast around the steps, and around nothing else.
+        with self.trainer.precision_plugin.forward_context():
             share = exact_match(predict(self.model, self.task, pairs))
-        self.log(f"{split}/exact_match", torch.tensor(share, dtype=torch.float64))  # a plain number becomes float32
+        # In float64, because Lightning turns a plain number into float32.
+        self.log(f"{split}/exact_match", torch.tensor(share, dtype=torch.float64))
 
 
+@exits_cleanly
 def main(
-    arguments: list[str] | None = None, hooks: Sequence[type] = HOOKS, callbacks: Sequence[pl.Callback] | None = None
+    arguments: list[str] | None = None,
+    hooks: Sequence[type] = HOOKS,
+    callbacks: Sequence[pl.Callback] | None = None,
 ) -> Path:
-    """Train and test; -> the folder of the run. hooks, callbacks: what tests leave out or put in."""
+    """Train and test. -> the folder of the run. hooks, callbacks: what tests leave out or put in."""
     processes = start_processes()
-    config, _ = load_config(arguments, processes)
-    if config.resume:
+    config, _, checkpoint = load_config(arguments, processes)
+    if checkpoint:
         raise BadInput("--resume: the comparison trains from the start; leave it out")
-    config, device, _, _ = settle_config(config, processes)
+    device, _ = choose_device(config.accelerator, processes.local_rank)
+    choose_threads(config.dim, config.batch_size)
+    keep_freed_memory()
     pl.seed_everything(config.seed)
-    torch.set_float32_matmul_precision("high")
-    prepare_cpu(config.dim, config.batch_size)
 
-    task = Task(config.num_categories, config.seq_len)
+    task = Task.from_config(config)
     splits = split_pairs(task, config.holdout, config.seed)
-    train_data, val_data, test_data = make_datasets(task, splits, config.num_datas, config.seed)
-    shard = {"rank": processes.rank, "world_size": processes.world_size}
-    sampler = BatchSampler(train_data, config.batch_size, True, config.seed, config.accumulate, **shard)
-    train_loader = make_loader(sampler, config.num_workers, pin_memory=device.type == "cuda")
-    val_loader, test_loader = (
-        make_loader(BatchSampler(data, config.batch_size, **shard)) for data in (val_data, test_data)
-    )
+    train_loader, val_loader, test_loader = make_loaders(config, task, splits, processes, device)
+    torch.set_float32_matmul_precision("high")
 
     module = with_hooks(LitTransformer, hooks)(config, task, splits)
     folder = Path(config.run_dir or RUNS / f"{run_name(config)}-lightning")
@@ -119,25 +134,33 @@ def main(
         accelerator=config.accelerator,
         devices=config.devices,
         strategy="ddp" if processes.world_size > 1 else "auto",
-        use_distributed_sampler=False,  # otherwise Lightning puts a DistributedSampler in the place of ours
+        use_distributed_sampler=False,  # otherwise Lightning replaces our sampler with its own
         max_epochs=config.max_epochs,
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.clip_norm,
         log_every_n_steps=config.log_every,
         logger=WandbLogger(
-            name=run_name(config), group=run_name(config), project=config.wandb_project, save_dir=folder.absolute(),
-            save_code=True, tags=["debug" if config.debug else "run"], mode=choose_mode(config.wandb)[0],
+            name=run_name(config),
+            group=run_name(config),
+            project=config.wandb_project,
+            save_dir=folder.absolute(),
+            save_code=True,
+            tags=["debug" if config.debug else "run"],
+            mode=choose_mode(config.wandb)[0],
         ),
         callbacks=[
-            ModelCheckpoint(folder, "{epoch}", monitor="val/loss_epoch", save_top_k=config.save_top_k),
+            ModelCheckpoint(
+                folder, "{epoch}", monitor="val/loss_epoch", save_top_k=config.save_top_k
+            ),
             LearningRateMonitor(logging_interval="step"),
             TQDMProgressBar(refresh_rate=config.log_every),
             *([recorder] if callbacks is None else callbacks),
         ],
         **precision(config.amp, device.type),
-    )  # fmt: skip
+    )
     trainer.fit(module, train_loader, val_loader)
-    (results,) = trainer.test(module, test_loader, ckpt_path="best")  # the last weights, were it not for ckpt_path
+    # Given a module, Lightning would test its last weights, were it not for ckpt_path.
+    (results,) = trainer.test(module, test_loader, ckpt_path="best")
     if callbacks is None:
         recorder.append({"step": trainer.global_step, "epoch": config.max_epochs, **results})
     wandb.finish()  # Lightning leaves the run open
@@ -145,5 +168,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with exit_codes():
-        main()
+    main()

@@ -112,7 +112,11 @@ def look_on(module: ModuleType, seen: Observed) -> None:
 
 def move_to_meta(module: ModuleType, stack: contextlib.ExitStack) -> None:
     """Let the loop believe in a device that is not the CPU; nothing of it can be saved, and some helpers lack it."""
-    settle_config, make_optimizer, open_run = module.settle_config, module.make_optimizer, module.open_run
+    settle_config, make_optimizer, open_run = (
+        module.settle_config,
+        module.make_optimizer,
+        module.open_run,
+    )
 
     def settle(config, processes):
         config, _, dtype, reasons = settle_config(config, processes)
@@ -153,7 +157,12 @@ def observe_on_two_processes(source: str, flags: list[str]) -> Observed:
     """The same on two processes that talk to each other; the first one's observations."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(PROJECT)}
+    world = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "PYTHONPATH": str(PROJECT),
+    }
     command = [sys.executable, "-m", "comparison.watching", *flags]
     processes = [
         subprocess.Popen(

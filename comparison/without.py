@@ -69,7 +69,11 @@ def effects(before: Observed, after: Observed) -> list[str]:
     """What is different without the line, the worst first."""
     found = []
     if after.crash != before.crash:
-        found.append(f"stops after {after.batches} batches: {after.crash}" if after.crash else "does not stop")
+        found.append(
+            f"stops after {after.batches} batches: {after.crash}"
+            if after.crash
+            else "does not stop"
+        )
     if before.losses and not after.losses and not after.crash:
         found.append("no losses are written")
     pairs = list(zip(before.losses, after.losses, strict=False))
@@ -79,24 +83,44 @@ def effects(before: Observed, after: Observed) -> list[str]:
     if first is not None:
         largest = max(abs(a - b) for a, b in pairs)
         found.append(f"losses differ from update {first} on, by up to {largest:.2g}")
-    for name in ("train/loss_epoch", "val/loss_epoch", "val/exact_match", "test/loss_epoch", "test/exact_match"):
+    for name in (
+        "train/loss_epoch",
+        "val/loss_epoch",
+        "val/exact_match",
+        "test/loss_epoch",
+        "test/exact_match",
+    ):
         a, b = before.figures.get(name), after.figures.get(name)
         if a is not None and b is not None and a != b:
-            form = "{:.1%}" if "exact" in name else "{:.4g}" if abs(a - b) > 1e-3 * abs(a) else "{:.9g}"
+            form = (
+                "{:.1%}"
+                if "exact" in name
+                else "{:.4g}"
+                if abs(a - b) > 1e-3 * abs(a)
+                else "{:.9g}"
+            )
             found.append(f"{name} {form.format(a)} → {form.format(b)}")
     if after.crash is None:
         if after.best_epoch != before.best_epoch:
             found.append(f"best.pt is epoch {after.best_epoch}, not {before.best_epoch}")
         if len(after.epochs_kept) != len(before.epochs_kept):
-            found.append(f"{len(after.epochs_kept)} epoch files kept instead of {len(before.epochs_kept)}")
+            found.append(
+                f"{len(after.epochs_kept)} epoch files kept instead of {len(before.epochs_kept)}"
+            )
         if after.resume_step != before.resume_step:
-            found.append(f"--resume goes back to update {after.resume_step}, not {before.resume_step}")
+            found.append(
+                f"--resume goes back to update {after.resume_step}, not {before.resume_step}"
+            )
         if after.logged != before.logged:
             found.append(f"W&B gets {after.logged} rows of updates instead of {before.logged}")
         if after.readings != before.readings:
-            found.append(f"the loop waits for the device {after.readings} times instead of {before.readings}")
+            found.append(
+                f"the loop waits for the device {after.readings} times instead of {before.readings}"
+            )
         if after.exchanges != before.exchanges:
-            found.append(f"the processes exchange gradients {after.exchanges} times instead of {before.exchanges}")
+            found.append(
+                f"the processes exchange gradients {after.exchanges} times instead of {before.exchanges}"
+            )
         if after.kept_bytes != before.kept_bytes:
             found.append(
                 f"evaluation keeps {after.kept_bytes / 2**20:.1f} MiB for a backward pass that never comes, "
@@ -133,7 +157,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     source = (PROJECT / "train.py").read_text()
     if unknown := set(arguments) - set(tags(source)):
-        sys.exit(f"error: no line of train.py has the tag {', '.join(unknown)}; these exist: {', '.join(tags(source))}")
+        sys.exit(
+            f"error: no line of train.py has the tag {', '.join(unknown)}; these exist: {', '.join(tags(source))}"
+        )
     references: dict = {}
     useless = []
     for tag in tqdm(arguments or tags(source), unit="tag", disable=not sys.stderr.isatty()):

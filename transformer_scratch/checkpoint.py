@@ -1,6 +1,7 @@
-"""Checkpoints that are whole or absent: written beside, checked by a sum of their content, put in place by one rename.
+"""Atomic, checksummed checkpoints: a file is whole, or it is not there.
 
-A checkpoint is a dict of tensors and plain types, so torch.load reads it with weights_only=True and runs no code.
+A checkpoint is a dict of tensors and plain types: torch.load reads it with weights_only=True and
+runs no code.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from transformer_scratch.errors import BadInput, TrainingFault
 
-FORMAT = 2  # 2: self-attention has one matrix for queries, keys and values
+FORMAT = 3  # 3: a matrix each for queries, keys and values; the progress as one part of the state
 
 
 class CheckpointError(BadInput):
@@ -22,7 +23,7 @@ class CheckpointError(BadInput):
 
 
 def checksum(content: object) -> str:
-    """SHA-256 over keys, types, shapes and values: torch.load by itself accepts most flipped bits."""
+    """SHA-256 over keys, types, shapes and values: torch.load alone accepts most flipped bits."""
     sha = hashlib.sha256()
 
     def add(value: object) -> None:
@@ -48,10 +49,10 @@ def checksum(content: object) -> str:
 
 
 def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) -> None:
-    """Write the content under a temporary name, force it to the disk, then rename: no moment has half a file.
+    """Write under a temporary name, force to the disk, rename: there never is half a file.
 
-    The file that stood there gets the name keep_old_as, at the moment when the new one is safe on the disk.
-    Raises TrainingFault when the disk does not take it; what stood there before stays.
+    The file of that name from before becomes keep_old_as, once the new one is safe on the disk.
+    Raises TrainingFault when the disk does not take the file; what was there before stays.
     """
     content = {"format": FORMAT, **content}
     content["checksum"] = checksum(content)
@@ -67,7 +68,9 @@ def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) 
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError from torch.save
         temporary.unlink(missing_ok=True)
-        remedy = f"{path} from before is whole: make room and --resume" if path.exists() else "Make room and try again"
+        remedy = "Make room and try again"
+        if path.exists():
+            remedy = f"{path} from before is whole: make room and --resume"
         raise TrainingFault(
             f"{path} could not be written ({free_space(path.parent)} free on that disk): "
             f"{str(error).splitlines()[0]}. {remedy}"
@@ -79,19 +82,19 @@ def free_space(folder: Path) -> str:
 
 
 def link(existing: Path, name: Path) -> None:
-    """A second name for a file, without copying its bytes where the file system allows."""
+    """Give a file a second name, or a copy where the file system has no hard links."""
     temporary = name.with_name(f"{name.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(existing, temporary)
-    except OSError:  # no hard links on this file system
+    except OSError:
         copy(existing, temporary)
     os.replace(temporary, name)
     sync_folder(name.parent)
 
 
 def copy(existing: Path, name: Path) -> None:
-    """A copy that is on the disk when this returns, or absent."""
+    """A copy that is on the disk when this returns, or is not there."""
     try:
         shutil.copyfile(existing, name)
         with open(name, "rb") as file:
@@ -117,13 +120,15 @@ def load_checkpoint(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a flipped bit can raise almost anything in there
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint ({type(error).__name__})"
+        ) from error
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of this project")
     if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {content['format']}, this version of the project reads format {FORMAT}: "
-            f"it needs the version that wrote it"
+            f"{path} has checkpoint format {content['format']}, this version of the project reads "
+            f"format {FORMAT}: it needs the version that wrote it"
         )
     expected = content.pop("checksum", None)
     if checksum(content) != expected:
@@ -132,7 +137,10 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_first_good(paths: list[Path]) -> tuple[dict, Path]:
-    """The first file that is whole; the ones passed over are named on stderr. Raises CheckpointError when none is."""
+    """The first file that is whole; those passed over are named on stderr.
+
+    Raises CheckpointError when none is whole.
+    """
     problems = []
     for path in paths:
         try:
@@ -151,9 +159,11 @@ def load_resumable(folder: Path) -> dict:
     if folder.is_file():
         raise CheckpointError(f"--resume {folder} is a file; give the folder it lies in")
     if not folder.is_dir():
-        raise CheckpointError(f"--resume {folder}: there is no such folder; give the folder of a run, runs/<name>")
+        raise CheckpointError(f"--resume {folder}: no such folder; give a run's, runs/<name>")
     if not (folder / "last.pt").exists() and not (folder / "previous.pt").exists():
-        raise CheckpointError(f"--resume {folder}: there is no last.pt in it; give the folder of a run, runs/<name>")
+        raise CheckpointError(
+            f"--resume {folder}: there is no last.pt in it; give the folder of a run, runs/<name>"
+        )
     content, path = load_first_good([folder / "last.pt", folder / "previous.pt"])
     if "optimizer" not in content:
         raise CheckpointError(f"{path} holds weights only; a run is resumed from a complete state")

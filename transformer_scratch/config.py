@@ -1,25 +1,32 @@
-"""The command line, flat flags read by tyro; what depends on size or hardware is chosen here, with a reason."""
+"""The settings of a run: one flat dataclass that tyro turns into the command line."""
 
 import dataclasses
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
 from transformer_scratch.checkpoint import load_resumable
-from transformer_scratch.data import Task, split_pairs
 from transformer_scratch.errors import BadInput
-from transformer_scratch.runtime import ALONE, Processes, choose_device, choose_precision
+from transformer_scratch.hardware import choose_device, choose_precision
+from transformer_scratch.processes import ALONE, Processes
+from transformer_scratch.task import Task, split_pairs
 
 
 @dataclass
-class ModelOptions:
-    """The Transformer, in the paper's terms."""
+class Config:
+    """Train a Transformer, written from scratch, to count from one digit to another.
+
+    Flags may be written with dashes or underscores. None means: chosen by size or hardware, and
+    printed at the start together with the reason.
+    """
+
+    # ---- the model, in the paper's terms
 
     dim: int = 32
     """Width of the model."""
@@ -30,14 +37,11 @@ class ModelOptions:
     ffn_dim: int | None = None
     """Hidden width of the feed-forward networks. None: 4 x --dim, the paper's ratio."""
     dropout: float = 0.1
-    """Probability of dropping an element, where the paper drops: embeddings and sub-layer outputs. 0 = off."""
+    """Probability of dropping an element of embeddings and sub-layer outputs. 0 = off."""
     tie_embeddings: bool = True
-    """Share one matrix between both embeddings and the output projection (section 3.4 of the paper)."""
+    """Share one matrix between both embeddings and the output projection (section 3.4)."""
 
-
-@dataclass
-class DataOptions:
-    """The task and its samples."""
+    # ---- the task and its samples
 
     num_categories: int = 10
     """Digits of the task; 10 make 100 pairs, 30 make 900."""
@@ -46,14 +50,11 @@ class DataOptions:
     num_datas: int = 38_400
     """Training samples in an epoch, drawn with repetition from the training pairs."""
     holdout: float = 0.2
-    """Share of the distinct pairs kept out of training, for validation and test. 0 = all share them (the article)."""
+    """Share of the distinct pairs kept out of training, for validation and test. 0 = none."""
     num_workers: int = 0
-    """Processes that prepare batches. 0 = none, which is fastest for this small data."""
+    """Processes that prepare batches. 0 = none, which is fastest for data this small."""
 
-
-@dataclass
-class TrainingOptions:
-    """The loop: how long, in what steps."""
+    # ---- the loop
 
     max_epochs: int = 3
     """Epochs to train; there is no early stopping."""
@@ -72,124 +73,113 @@ class TrainingOptions:
     seed: int = 42
     """Decides the split, the first weights, the order of the data and dropout."""
 
-
-@dataclass
-class HardwareOptions:
-    """Where and in what precision to compute."""
+    # ---- where and in what precision to compute
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     devices: int = 1
-    """Number of processes, one a device. Above 1, start it with torchrun; without it, the error says how."""
+    """Number of processes, one for each device. Start more than one with torchrun."""
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
-    """Mixed precision. fp16 scales the loss, bf16 need not. auto: what the device computes fast."""
+    """Mixed precision. fp16 needs its loss scaled, bf16 does not. auto: what is fast here."""
     compile: bool = False
-    """Compile the model with torch.compile. The first step is slow; what later ones gain depends on the machine."""
+    """Compile the model with torch.compile: a slow first step, faster ones after it or not."""
 
-
-@dataclass
-class RunOptions:
-    """What is written where, and what is shown."""
+    # ---- what is written and shown
 
     resume: str | None = None
-    """Folder of a run to continue; every other setting comes from there. Given beside it, --max-epochs goes further."""
+    """Folder of a run to resume with its own settings. A larger --max-epochs trains it longer."""
     run_dir: str | None = None
     """Folder of this run. None: runs/ and a name made of the settings."""
     save_every: int = 0
-    """Updates between two writings of last.pt within an epoch. 0 = only at its end."""
+    """Updates between two savings of last.pt within an epoch. 0 = only at its end."""
     save_top_k: int = 10
     """How many epoch=K.pt to keep, by lowest validation loss."""
     log_every: int = 10
-    """Updates between two readings of the loss: then the bar and W&B get the newest, metrics.jsonl all of them."""
+    """Updates between two readings of the loss, for the progress bar and W&B."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases. auto: online if you are logged in, otherwise offline; never a question."""
+    """Weights & Biases. auto: online if you are logged in, otherwise offline; it never asks."""
     wandb_project: str = "transformer-scratch"
     """Project in W&B."""
     debug: bool = False
     """Tag the W&B run "debug" instead of "run"."""
 
 
-@dataclass
-class Config(RunOptions, HardwareOptions, TrainingOptions, DataOptions, ModelOptions):
-    """Every setting of a run, flat."""
-
-
-@dataclass
-class CommandLine:
-    """Train a Transformer, written from scratch, to count from one digit to another.
-
-    Every flag may be written with dashes or underscores. None means: chosen by size or hardware, and printed at the
-    start together with the reason.
-    """
-
-    model: ModelOptions
-    data: DataOptions
-    training: TrainingOptions
-    hardware: HardwareOptions
-    run: RunOptions
-
-
-# What a resumed run may be told anew, because it cannot change what the run has computed so far.
+# What may change in a resumed run, because it cannot change what the run has computed so far.
 CHANGEABLE_ON_RESUME = {
-    "resume", "max_epochs", "log_every", "save_every", "num_workers", "debug", "wandb", "wandb_project",
-}  # fmt: skip
+    "resume",
+    "max_epochs",
+    "log_every",
+    "save_every",
+    "num_workers",
+    "debug",
+    "wandb",
+    "wandb_project",
+}
 
 
-def parse(arguments: list[str] | None, default: Config) -> Config:
-    """The flags as given; grouped for --help, and flat for everything else."""
-    groups = {
-        group.name: group.type(**{field.name: getattr(default, field.name) for field in dataclasses.fields(group.type)})
-        for group in dataclasses.fields(CommandLine)
-    }
-    # --help and wrong flags are tyro's: explained, with exit codes 0 and 2.
-    given = tyro.cli(CommandLine, args=arguments, default=CommandLine(**groups), config=(tyro.conf.OmitArgPrefixes,))
-    return Config(**{name: value for group in vars(given).values() for name, value in vars(group).items()})
+def load_config(
+    arguments: list[str] | None = None, processes: Processes = ALONE
+) -> tuple[Config, dict[str, str], dict | None]:
+    """Read the command line, check it, and choose what was left open.
 
-
-def load_config(arguments: list[str] | None = None, processes: Processes = ALONE) -> tuple[Config, dict | None]:
-    """The configuration as given on the command line, checked, and the state to go on from (None for a new run).
-
-    With --resume every setting is the saved one, and what is given beside it must not change the run so far.
-    Raises BadInput.
+    -> the settings; the reason for each choice, by setting; the checkpoint to resume, None for a
+    new run. A resumed run keeps its settings, and what is given beside --resume must not change
+    what it has computed so far. Raises BadInput.
     """
     config = parse(arguments, Config())
     folder = processes.run_before_restart() if config.resume is None else config.resume
     if folder is None:
         check(config, processes)
-        return config, None
-    saved = processes.from_main(lambda: load_resumable(Path(folder)))
-    before = saved_config(saved, folder)
-    config = keep_settings(before, parse(arguments, before))
+        return *choose_open_settings(config, processes), None
+
+    checkpoint = processes.run_on_main(lambda: load_resumable(Path(folder)))
+    saved = config_of_checkpoint(checkpoint, folder)
+    config = keep_saved_settings(saved, parse(arguments, saved))
     config = dataclasses.replace(config, resume=str(folder))
     check(config, processes)
-    if config.max_epochs < saved["epoch"]:
-        raise BadInput(f"--max-epochs {config.max_epochs}, but the run has done {saved['epoch']} epochs already")
-    return config, saved
+    if config.max_epochs < checkpoint["epoch"]:
+        raise BadInput(
+            f"--max-epochs {config.max_epochs}, but the run has done {checkpoint['epoch']} already"
+        )
+    try:
+        config, reasons = choose_open_settings(config, processes)
+    except BadInput as error:
+        raise BadInput(f"{folder} was trained so, and needs the same to resume: {error}") from None
+    as_before = "as when the run began"
+    return config, {**reasons, "device": as_before, "precision": as_before}, checkpoint
 
 
-def saved_config(saved: dict, origin: object) -> Config:
-    """The configuration in a checkpoint. Raises BadInput when it has settings that this version does not know."""
-    if unknown := saved["config"].keys() - {field.name for field in dataclasses.fields(Config)}:
-        raise BadInput(f"{origin} was trained with settings unknown to this version: {', '.join(sorted(unknown))}")
-    return Config(**saved["config"])
+def parse(arguments: list[str] | None, default: Config) -> Config:
+    """The flags as given. For --help and for wrong flags tyro exits by itself."""
+    return tyro.cli(Config, args=arguments, default=default)
 
 
-def keep_settings(before: Config, config: Config) -> Config:
-    """The configuration of a resumed run. Raises BadInput where it would change what the run has computed so far."""
+def config_of_checkpoint(checkpoint: dict, origin: object) -> Config:
+    """The settings in a checkpoint. Raises BadInput when this version does not know one of them."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    if unknown := checkpoint["config"].keys() - known:
+        names = ", ".join(sorted(unknown))
+        raise BadInput(f"{origin} was trained with settings unknown to this version: {names}")
+    return Config(**checkpoint["config"])
+
+
+def keep_saved_settings(saved: Config, given: Config) -> Config:
+    """The settings of a resumed run. Raises BadInput where they would change its past."""
     changed = []
     for field in dataclasses.fields(Config):
-        old, new = getattr(before, field.name), getattr(config, field.name)
-        if new is None or (new == "auto" and field.name in ("accelerator", "amp")):  # chosen when the run began
-            config = dataclasses.replace(config, **{field.name: old})
+        old, new = getattr(saved, field.name), getattr(given, field.name)
+        chosen_at_start = new == "auto" and field.name in ("accelerator", "amp")
+        if new is None or chosen_at_start:
+            given = dataclasses.replace(given, **{field.name: old})
         elif old != new and field.name not in CHANGEABLE_ON_RESUME:
             changed.append(f"{flag(field.name)} (it was {old}, now {new})")
     if changed:
         allowed = ", ".join(flag(name) for name in sorted(CHANGEABLE_ON_RESUME - {"resume"}))
         raise BadInput(
-            f"{', '.join(changed)} cannot change in a resumed run. Leave it out, or start a new run. "
-            f"These may change: {allowed}"
+            f"{', '.join(changed)} cannot change in a resumed run. Leave it out, or start a new "
+            f"run. These may change: {allowed}"
         )
-    return config
+    return given
 
 
 def flag(name: str) -> str:
@@ -198,39 +188,47 @@ def flag(name: str) -> str:
 
 def check(config: Config, processes: Processes) -> None:
     """Raise BadInput for any value that cannot work, before anything is created."""
-    whole_from_one = (
-        "devices", "max_epochs", "num_datas", "batch_size", "num_heads", "dim", "num_layers", "ffn_dim",
-        "num_categories", "seq_len", "accumulate", "log_every", "save_top_k",
-    )  # fmt: skip
-    for name in whole_from_one:
+    for name in (
+        "devices", "max_epochs", "num_datas", "batch_size", "num_heads", "dim", "num_layers",
+        "ffn_dim", "num_categories", "seq_len", "accumulate", "log_every", "save_top_k",
+    ):  # fmt: skip
         require(name, config, lambda value: value >= 1, "must be 1 or more")
     for name in ("warmup_steps", "num_workers", "save_every"):
         require(name, config, lambda value: value >= 0, "must be 0 (off) or more")
     for name in ("weight_decay", "clip_norm"):
-        require(name, config, lambda value: 0 <= value < math.inf, "must be 0 (off) or more, and finite")
+        require(
+            name, config, lambda value: 0 <= value < math.inf, "must be 0 (off) or more, and finite"
+        )
     for name in ("dropout", "holdout"):
         require(name, config, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
     require("lr", config, lambda value: 0 < value < math.inf, "must be above 0, and finite")
     require("seed", config, lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295")
     if config.dim % config.num_heads:
-        divisors = [str(n) for n in range(1, config.dim + 1) if config.dim % n == 0]
+        divisors = ", ".join(str(n) for n in range(1, config.dim + 1) if config.dim % n == 0)
         raise BadInput(
-            f"--dim {config.dim} is not divisible by --num-heads {config.num_heads}; these fit: {', '.join(divisors)}"
+            f"--dim {config.dim} is not divisible by --num-heads {config.num_heads}; "
+            f"these fit: {divisors}"
         )
     if config.devices != processes.world_size and (config.devices > 1 or config.resume):
-        started = f"torchrun started {processes.world_size}" if processes.world_size > 1 else "one process was started"
-        starter = f"torchrun --standalone --nproc-per-node {config.devices}" if config.devices > 1 else "python"
+        started = "one process was started"
+        if processes.world_size > 1:
+            started = f"torchrun started {processes.world_size}"
+        starter = "python"
+        if config.devices > 1:
+            starter = f"torchrun --standalone --nproc-per-node {config.devices}"
         raise BadInput(
-            f"--devices {config.devices}, but {started}. Start several processes with torchrun, a single one "
-            f"without; here: {starter} {shlex.join(sys.argv)}"
+            f"--devices {config.devices}, but {started}. Start several processes with torchrun, a "
+            f"single one without; here: {starter} {shlex.join(sys.argv)}"
         )
     if not config.wandb_project or set(config.wandb_project) & set("/\\#?%:"):
-        raise BadInput(f"--wandb-project {config.wandb_project!r} must be a name without / \\ # ? % :")
+        raise BadInput(
+            f"--wandb-project {config.wandb_project!r} must be a name without / \\ # ? % :"
+        )
     global_batch = config.batch_size * processes.world_size
     if global_batch > config.num_datas:
         raise BadInput(
-            f"a batch of {global_batch} is larger than --num-datas {config.num_datas}: give a smaller --batch-size "
-            "or more --num-datas"
+            f"a batch of {global_batch} is larger than --num-datas {config.num_datas}: "
+            "give a smaller --batch-size or more --num-datas"
         )
     try:
         task = Task(config.num_categories, config.seq_len or default_seq_len(config))
@@ -239,43 +237,38 @@ def check(config: Config, processes: Processes) -> None:
         raise BadInput(str(error)) from None
 
 
-def require(name: str, config: Config, holds, rule: str) -> None:
-    """Raise BadInput unless the value is None (to be chosen) or the rule holds for it; NaN holds for no rule."""
+def require(name: str, config: Config, rule: Callable[[float], bool], words: str) -> None:
+    """Raise BadInput unless the value obeys the rule, or is None, to be chosen. NaN obeys none."""
     value = getattr(config, name)
-    if value is not None and not holds(value):
-        raise BadInput(f"{flag(name)} {value} {rule}")
+    if value is not None and not rule(value):
+        raise BadInput(f"{flag(name)} {value} {words}")
+
+
+def choose_open_settings(config: Config, processes: Processes) -> tuple[Config, dict[str, str]]:
+    """Fill in what was left to size and hardware. -> the settings, a reason for each choice.
+
+    Raises BadInput when the accelerator is not there.
+    """
+    lr = float(f"{1e-3 * (32 / config.dim) ** (5 / 6):.3g}")
+    defaults = {
+        "lr": (lr, "1e-3 x (32 / dim)^(5/6)"),
+        "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
+        "seq_len": (default_seq_len(config), "num_categories + 6"),
+    }
+    chosen: dict[str, object] = {}
+    reasons = {}
+    for name, (value, reason) in defaults.items():
+        if getattr(config, name) is None:
+            chosen[name], reasons[name] = value, reason
+    device, reasons["device"] = choose_device(config.accelerator, processes.local_rank)
+    chosen["accelerator"] = "gpu" if device.type == "cuda" else device.type
+    chosen["amp"], reasons["precision"] = choose_precision(config.amp, device, config.dim)
+    chosen["devices"] = processes.world_size
+    return dataclasses.replace(config, **chosen), reasons
 
 
 def default_seq_len(config: Config) -> int:
     return config.num_categories + 6
-
-
-def settle_config(
-    config: Config, processes: Processes
-) -> tuple[Config, torch.device, torch.dtype | None, dict[str, str]]:
-    """Fill in what was left to size and hardware.
-
-    -> the full configuration, the device, the type of mixed precision, and a reason for each choice. Raises BadInput.
-    """
-    rules = {
-        "lr": (float(f"{1e-3 * (32 / config.dim) ** (5 / 6):.3g}"), "1e-3 x (32 / dim)^(5/6)"),
-        "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
-        "seq_len": (default_seq_len(config), "num_categories + 6"),
-    }
-    chosen = {name: value for name, (value, _) in rules.items() if getattr(config, name) is None}
-    reasons = {name: rules[name][1] for name in chosen}
-    try:
-        device, reasons["device"] = choose_device(config.accelerator, processes.local_rank)
-    except BadInput as error:
-        if config.resume is None:
-            raise
-        raise BadInput(f"{config.resume} was trained so, and goes on only where one is: {error}") from None
-    dtype, reasons["precision"] = choose_precision(config.amp, device, config.dim)
-    if config.resume is not None:
-        reasons |= {"device": "as when the run began", "precision": "as when the run began"}
-    chosen["accelerator"] = "gpu" if device.type == "cuda" else device.type
-    chosen["amp"] = {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    return dataclasses.replace(config, **chosen, devices=processes.world_size), device, dtype, reasons
 
 
 def run_name(config: Config) -> str:

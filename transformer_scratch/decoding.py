@@ -1,39 +1,116 @@
-"""Greedy decoding: the model's own answer, token by token, with nothing of the target shown to it.
+"""Greedy decoding: the model's own answer, token by token, without a glance at the target.
 
-Shapes: B batch, S source positions, T decoded positions.
+Shapes: B batch, S source positions, T decoded positions, D model width, H heads, K head dim,
+V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
 from transformer_scratch.attention import padding_mask
+from transformer_scratch.blocks import DecoderBlock
 from transformer_scratch.model import Transformer
 
 
 @torch.inference_mode()
-def greedy_decode(model: Transformer, source: Tensor, start_id: int, end_id: int, max_len: int) -> Tensor:
-    """Start with start_id and append the likeliest token until end_id or max_len tokens.
+def greedy_decode(
+    model: Transformer,
+    source: Tensor,
+    start_id: int,
+    end_id: int,
+    max_len: int,
+    source_is_padded: bool = True,
+) -> Tensor:
+    """Start with start_id and append the likeliest token, up to end_id or to max_len tokens.
 
-    source: (B, S) ids -> (B, max_len) ids without the start token, end_id included, padded with the model's pad_id.
-    Call model.eval() first: dropout would roll dice over the answer.
+    source: (B, S) ids -> (B, max_len) ids: no start token, but end_id, then the model's pad_id.
+    Call model.eval() first: dropout would make the answer random.
     """
-    memory_mask = padding_mask(source, model.pad_id)  # (B, 1, 1, S)
-    caches = model.start_caches(model.encode(source))
-    decoded = torch.full((len(source), max_len), model.pad_id, device=source.device)  # (B, T)
-    unfinished = torch.arange(len(source), device=source.device)  # the rows of `decoded` that still grow
-    token = torch.full((len(source), 1), start_id, device=source.device)
+    memory = model.encode(source, source_is_padded)  # (B, S, D)
+    memory_mask = padding_mask(source, model.pad_id) if source_is_padded else None
+    caches = [KeyValueCache(block, memory, max_len) for block in model.decoder]
+    decoded = source.new_full((len(source), max_len), model.pad_id)  # (B, T)
+    token = source.new_full((len(source), 1), start_id)  # (B, 1)
+    rows = torch.arange(len(source), device=source.device)  # the rows of `decoded` that still grow
 
     for position in range(max_len):
-        logits = model.decode_step(token, position, caches, memory_mask)  # (B, V)
+        logits = decode_step(model, token, position, caches, memory_mask)  # (B, V)
         token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
-        decoded[unfinished, position] = token.squeeze(1)
+        decoded[rows, position] = token.squeeze(1)
 
-        growing = token.squeeze(1) != end_id
-        if not growing.all():  # a finished sequence costs nothing from here on
-            if not growing.any():
-                break
-            unfinished, token, memory_mask = unfinished[growing], token[growing], memory_mask[growing]
+        # Asking which sequences go on waits for the device: once for each position.
+        growing = (token.squeeze(1) != end_id).nonzero().squeeze(1)
+        if len(growing) == 0:
+            break
+        if len(growing) < len(rows):  # a finished sequence costs nothing from here on
+            rows, token = rows[growing], token[growing]
+            memory_mask = memory_mask[growing] if memory_mask is not None else None
             for cache in caches:
                 cache.keep_rows(growing)
 
     return decoded
+
+
+class KeyValueCache:
+    """The keys and values of one decoder block, so that each position is projected only once."""
+
+    def __init__(self, block: DecoderBlock, memory: Tensor, max_len: int):
+        """memory: (B, S, D) is projected here; there is room for max_len decoded positions."""
+        attention = block.cross_attention
+        # Contiguous, because they are read at every step.
+        self.memory_key = attention.split_heads(attention.key(memory)).contiguous()  # (B, H, S, K)
+        self.memory_value = attention.split_heads(attention.value(memory)).contiguous()
+        B, H, _, K = self.memory_key.shape
+        self.key = self.memory_key.new_empty(B, H, max_len, K)
+        self.value = torch.empty_like(self.key)
+
+    def add(self, position: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a position's key and value, (B, H, 1, K) -> all up to it, (B, H, t, K) each."""
+        self.key[:, :, position] = key.squeeze(2)
+        self.value[:, :, position] = value.squeeze(2)
+        return self.key[:, :, : position + 1], self.value[:, :, : position + 1]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all other sequences. rows: int64 indices into the batch."""
+        self.memory_key, self.memory_value = self.memory_key[rows], self.memory_value[rows]
+        self.key, self.value = self.key[rows], self.value[rows]
+
+
+def decode_step(
+    model: Transformer,
+    token: Tensor,
+    position: int,
+    caches: list[KeyValueCache],
+    memory_mask: Tensor | None = None,
+) -> Tensor:
+    """What model.decode predicts after one more token, at the cost of one token.
+
+    token: (B, 1) ids at this position; the caches hold all earlier ones -> logits: (B, V).
+    """
+    x = model.embed(token, model.target_embedding, start=position)  # (B, 1, D)
+    for block, cache in zip(model.decoder, caches, strict=True):
+        x = block_step(block, x, position, cache, memory_mask)
+    return model.output(x).squeeze(1)
+
+
+def block_step(
+    block: DecoderBlock, x: Tensor, position: int, cache: KeyValueCache, memory_mask: Tensor | None
+) -> Tensor:
+    """DecoderBlock.forward for the newest position alone, which may see everything before it.
+
+    x: (B, 1, D) -> (B, 1, D)
+    """
+    attention = block.self_attention
+    query, key, value = (
+        attention.split_heads(project(x))  # (B, H, 1, K)
+        for project in (attention.query, attention.key, attention.value)
+    )
+    attended = attention.attend(query, *cache.add(position, key, value))
+    x = block.self_attention_norm(x, attended)
+
+    attention = block.cross_attention
+    query = attention.split_heads(attention.query(x))  # (B, H, 1, K)
+    attended = attention.attend(query, cache.memory_key, cache.memory_value, memory_mask)
+    x = block.cross_attention_norm(x, attended)
+
+    return block.feed_forward_norm(x, block.feed_forward(x))

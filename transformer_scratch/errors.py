@@ -1,16 +1,16 @@
-"""How a program of this project ends: exit codes, and one clear line instead of a traceback where the user can act."""
+"""How a program ends: its exit code, one clear line where the user can act, nothing left behind."""
 
+import atexit
 import errno
+import functools
 import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
-from tqdm import tqdm
-
-INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells have it
 
 
 class BadInput(Exception):
@@ -18,56 +18,95 @@ class BadInput(Exception):
 
 
 class TrainingFault(Exception):
-    """The run cannot go on, for a reason that needs no traceback; the message says what to do. Exit code 1."""
+    """The run cannot continue, for a known reason; the message says what to do. Exit code 1."""
 
 
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn faults with a known remedy into one line and an exit code; anything else keeps its traceback."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
-    try:
-        yield
-    except BadInput as error:
-        finish(2, str(error))
-    except TrainingFault as error:
-        finish(1, str(error))
-    except KeyboardInterrupt:
-        finish(INTERRUPTED, "interrupted before there was anything to save")
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not (message := remedy(error)):
-            raise
-        finish(1, message, only_main=False)
+class Stopped(Exception):
+    """A signal asked the run to stop, and its state is saved; the message says how to resume it."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # as shells have it
+
+
+def exits_cleanly(main: Callable) -> Callable:
+    """Let a main function end in one way: it returns, or it says why in a line and exits.
+
+    Exit codes: 2 BadInput, 128 + signal Stopped, 1 anything else; a fault of the program keeps its
+    traceback. Before that, whatever main changed in the process is undone (see when_main_ends).
+    """
+
+    @functools.wraps(main)
+    def run(*arguments: object, **options: object) -> object:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A name that the terminal cannot show must not end a run.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            with ExitStack() as undo:
+                endings.append(undo)
+                try:
+                    return main(*arguments, **options)
+                finally:
+                    endings.remove(undo)
+        except Stopped as stopped:
+            leave(stopped.exit_code, str(stopped))
+        except BadInput as error:
+            leave(2, str(error))
+        except TrainingFault as error:
+            leave(1, str(error))
+        except KeyboardInterrupt:
+            leave(130, "interrupted before there was anything to save")
+        except BrokenPipeError:
+            # Whoever read the output has left, as `head` does: there is nobody to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if message := remedy(error):
+                leave(1, message, every_process=True)
+            traceback.print_exc()
+            sys.exit(1)
+
+    return run
+
+
+endings: list[ExitStack] = []
+
+
+def when_main_ends(function: Callable, *arguments: object) -> None:
+    """Call the function when main ends, however it ends: to give back what is process-wide."""
+    if endings:
+        endings[-1].callback(function, *arguments)
+    else:  # called by something else than a main function
+        atexit.register(function, *arguments)
 
 
 def remedy(error: Exception) -> str | None:
     """What to do about a fault of the machine; None for a fault of the program."""
     text = str(error)
     # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if out_of_memory or "can't allocate memory" in text:
         return (
-            "out of memory. A smaller --batch-size needs less; --accumulate 2 then keeps the size of an update. "
-            "What was saved last is whole: --resume continues from it"
+            "out of memory. A smaller --batch-size needs less; --accumulate 2 then keeps the size "
+            "of an update. What was saved last is whole: --resume continues from it"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {text}. What was saved last is whole: make room and --resume"
-    if rank() and any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer")):
-        return "another process has ended, so this one cannot go on"
+    peer_is_gone = "Connection closed by peer" in text or "Connection reset by peer" in text
+    if rank() and peer_is_gone:
+        return "another process has ended, so this one cannot continue"
     return None
+
+
+def leave(code: int, message: str, every_process: bool = False) -> None:
+    """Say why, and exit. What all processes know, the main one says for all of them."""
+    if every_process or rank() in (None, "0"):
+        label = "error" if code in (1, 2) else "stopped"
+        label += f" in process {rank()}" if rank() else ""
+        print(f"{label}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def rank() -> str | None:
     """This process among those that torchrun started; None when it is alone."""
     return os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-
-
-def finish(code: int, message: str, only_main: bool = True) -> None:
-    """Say why, and leave. What all processes know, the main one says for all."""
-    if not only_main or rank() in (None, "0"):
-        label = "error" if code in (1, 2) else "stopped"
-        label += f" in process {rank()}" if rank() else ""
-        tqdm.write(f"{label}: {message}", file=sys.stderr)  # not into the middle of a progress bar
-    sys.exit(code)

@@ -1,12 +1,12 @@
-"""Pictures of a run: what the model answers, where it looks, how it learned, what it was built with.
+"""Pictures of a run: what the model answers, where it looks, how it learned.
 
-The model itself records nothing: attention_weights computes the maps anew from what its attention modules are fed.
-Colours are those of Okabe and Ito, which colour-blind readers tell apart; sizes are for a projector.
+The model records nothing: attention_weights computes the maps again from what its attention modules
+are given. Colours are those of Okabe and Ito, which colour-blind readers can tell apart; sizes are
+for a projector.
 
 Shapes: H heads, T query positions, S key positions.
 """
 
-import json
 import math
 import textwrap
 from collections.abc import Callable
@@ -23,29 +23,46 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor, nn
 
 from transformer_scratch.attention import MultiHeadAttention, attention_weights, causal_mask
-from transformer_scratch.data import Pair, Splits, Task
 from transformer_scratch.evaluation import Prediction
 from transformer_scratch.model import Transformer
+from transformer_scratch.run_folder import read_metrics
+from transformer_scratch.task import Pair, Splits, Task
 
 BLUE, LIGHT_BLUE, RED, ORANGE, GREY = "#0072B2", "#9FD3F2", "#D55E00", "#E69F00", "#D9D9D9"
-STYLE = {"font.size": 16, "axes.titlesize": 16, "figure.titlesize": 20, "figure.dpi": 80, "lines.linewidth": 2.5}
+STYLE = {
+    "font.size": 16,
+    "axes.titlesize": 16,
+    "figure.titlesize": 20,
+    "figure.dpi": 80,
+    "lines.linewidth": 2.5,
+}
 
 
 class Attention(NamedTuple):
-    """One attention module on one sequence. weights: (H, T, S), each row sums to 1; allowed: (T, S) bool, its mask."""
+    """One attention module on one sequence.
+
+    weights: (H, T, S), each row sums to 1; allowed: (T, S) bool, its mask.
+    """
 
     weights: Tensor
     allowed: Tensor
 
 
 @torch.inference_mode()
-def record_attention(model: Transformer, source: list[int], decoder_input: list[int]) -> dict[str, Attention]:
-    """Run the model once; -> what each of its attention modules weighed, by name, e.g. decoder.0.cross_attention."""
+def record_attention(
+    model: Transformer, source: list[int], decoder_input: list[int]
+) -> dict[str, Attention]:
+    """Run the model once. -> the weights of each attention module, by the module's name."""
     recorded = {}
 
     def remembering(name: str, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def attend_and_remember(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False, **options
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None = None,
+            causal: bool = False,
+            **options,
         ) -> Tensor:
             seen_mask = causal_mask(query.size(2), query.device) if causal else mask
             weights = attention_weights(query, key, seen_mask)[0]  # (H, T, S)
@@ -56,7 +73,11 @@ def record_attention(model: Transformer, source: list[int], decoder_input: list[
 
         return attend_and_remember
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAttention)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MultiHeadAttention)
+    }
     for name, module in layers.items():
         module.attend = remembering(name, module.attend)
     device = next(model.parameters()).device
@@ -74,7 +95,9 @@ def token_names(task: Task, ids: list[int]) -> list[str]:
 def label_tokens(axes: Axes, columns: list[str], rows: list[str]) -> None:
     """Name the token of every row and column; where there are many, of every second, third, ..."""
     across, down = math.ceil(len(columns) / 12), math.ceil(len(rows) / 12)
-    axes.set_xticks(range(0, len(columns), across), columns[::across], rotation=90 if len(columns) > 7 else 0)
+    axes.set_xticks(
+        range(0, len(columns), across), columns[::across], rotation=90 if len(columns) > 7 else 0
+    )
     axes.set_yticks(range(0, len(rows), down), rows[::down])
     axes.tick_params(labelsize=14)
 
@@ -82,7 +105,11 @@ def label_tokens(axes: Axes, columns: list[str], rows: list[str]) -> None:
 def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits) -> Figure:
     """Start digit by end digit: right or wrong, trained or never seen."""
     trained, size = set(splits.train), task.num_categories
-    groups = [("right, trained", LIGHT_BLUE), ("right, never seen", BLUE), ("wrong, trained", ORANGE)]
+    groups = [
+        ("right, trained", LIGHT_BLUE),
+        ("right, never seen", BLUE),
+        ("wrong, trained", ORANGE),
+    ]
     groups.append(("wrong, never seen", RED))
     grid = torch.tensor([[2 * (not predictions[a, b].exact) + ((a, b) not in trained) for b in range(size)]
                          for a in range(size)])  # fmt: skip
@@ -99,17 +126,29 @@ def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits
     axes.tick_params(which="minor", length=0)
     wrong = [pair for pair, prediction in predictions.items() if not prediction.exact]
     for first, last in wrong:
-        axes.text(last, first, "×", ha="center", va="center", fontsize=min(30, 320 / size), fontweight="bold")
+        axes.text(
+            last,
+            first,
+            "×",
+            ha="center",
+            va="center",
+            fontsize=min(30, 320 / size),
+            fontweight="bold",
+        )
 
     handles = [Patch(color=colour, label=f"{name}: {count}")
                for (name, colour), count in zip(groups, counts, strict=True) if count]  # fmt: skip
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, title="pairs")
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, title="pairs"
+    )
     if wrong:
         answers = [" ".join(token_names(task, predictions[pair].tokens)) for pair in wrong[:8]]
         lines = [f"{a} {b} → {textwrap.shorten(text, 24, placeholder=' …')}"
                  for (a, b), text in zip(wrong, answers, strict=False)]  # fmt: skip
         lines += [f"… and {len(wrong) - 8} more"] if len(wrong) > 8 else []
-        axes.text(1.05, 0.6, "\n".join(["wrong answers (×):", *lines]), transform=axes.transAxes, va="top")
+        axes.text(
+            1.05, 0.6, "\n".join(["wrong answers (×):", *lines]), transform=axes.transAxes, va="top"
+        )
     parts = [f"{counts[0]} of {counts[0] + counts[2]} trained pairs exact"]
     if counts[1] + counts[3]:
         parts.append(f"{counts[1]} of {counts[1] + counts[3]} never seen in training")
@@ -118,17 +157,28 @@ def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits
 
 
 def draw_attention(
-    task: Task, recorded: dict[str, Attention], kind: str, columns: list[str], rows: list[str], title: str
+    task: Task,
+    recorded: dict[str, Attention],
+    kind: str,
+    columns: list[str],
+    rows: list[str],
+    title: str,
 ) -> Figure:
-    """One heat map for every layer and head of the decoder's `kind`, cross_attention or self_attention."""
-    layers = [item for name, item in recorded.items() if name.startswith("decoder") and name.endswith(kind)]
+    """A heat map for every layer and head of the decoder's cross_attention or self_attention."""
+    layers = [
+        item
+        for name, item in recorded.items()
+        if name.startswith("decoder") and name.endswith(kind)
+    ]
     panels = [(f"layer {layer}, head {head}", weights.masked_fill(~item.allowed, math.nan))
               for layer, item in enumerate(layers, start=1)
               for head, weights in enumerate(item.weights, start=1)]  # fmt: skip
     num_heads = len(layers[0].weights)
     across = num_heads if num_heads > 1 else min(3, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(max(13, 2.6 * across + 2), max(6, 3.4 * down + 1.5)), layout="constrained")
+    figure = Figure(
+        figsize=(max(13, 2.6 * across + 2), max(6, 3.4 * down + 1.5)), layout="constrained"
+    )
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axes, (name, weights) in zip(grid.flat, panels, strict=False):
         axes.set_facecolor(GREY)  # shows where the mask leaves no weight
@@ -159,7 +209,12 @@ def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
 
     figure = Figure(figsize=(15, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(*points("train/loss_step"), color="#999999", label="training, each update\n(with dropout)", linewidth=1.5)
+    left.plot(
+        *points("train/loss_step"),
+        color="#999999",
+        label="training, each update\n(with dropout)",
+        linewidth=1.5,
+    )
     left.plot(*points("train/loss_epoch"), "o-", color=ORANGE, label="training, mean of the epoch")
     left.plot(*points("val/loss_epoch"), "s-", color=BLUE, label="validation (no dropout)")
     guessing = f"guessing: ln {vocab_size} = {math.log(vocab_size):.2f}"
@@ -169,12 +224,21 @@ def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
     plain_numbers(left)
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     right.plot(*points("val/exact_match"), "s-", color=BLUE, label="validation pairs")
-    right.plot(*points("test/exact_match"), "*", color=RED, markersize=22, label="test pairs, best weights")
-    right.set(ylim=(-0.03, 1.03), xlim=left.get_xlim(), xlabel="update", ylabel="share of whole answers right")
+    right.plot(
+        *points("test/exact_match"), "*", color=RED, markersize=22, label="test pairs, best weights"
+    )
+    right.set(
+        ylim=(-0.03, 1.03),
+        xlim=left.get_xlim(),
+        xlabel="update",
+        ylabel="share of whole answers right",
+    )
     right.set_title("Exact match: are whole answers right?")
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
-    figure.suptitle("How the run learned: the loss should fall, and the model's own answers come out right")
+    figure.suptitle(
+        "How the run learned: the loss should fall, and the model's own answers come out right"
+    )
     return figure
 
 
@@ -191,12 +255,18 @@ def draw_schedule(rows: list[dict], clip_norm: float) -> Figure:
         bottom.axhline(clip_norm, color="black", linestyle=":", label=f"--clip-norm {clip_norm:g}")
     if skipped := [row["step"] for row in steps if row.get("skipped")]:
         bottom.plot(
-            skipped, [clip_norm or 1.0] * len(skipped), "x", color=RED, markersize=14, label="skipped: overflow"
+            skipped,
+            [clip_norm or 1.0] * len(skipped),
+            "x",
+            color=RED,
+            markersize=14,
+            label="skipped: overflow",
         )
     bottom.set(xlabel="update", ylabel="gradient norm (log scale)", yscale="log")
     plain_numbers(bottom)
     bottom.set_title(
-        "Gradient norm" + (": above the dotted line it is scaled down to it" if clip_norm else ", not clipped")
+        "Gradient norm"
+        + (": above the dotted line it is scaled down to it" if clip_norm else ", not clipped")
     )
     bottom.legend(loc="upper right")
     figure.suptitle("How large a step each update took")
@@ -204,10 +274,15 @@ def draw_schedule(rows: list[dict], clip_norm: float) -> Figure:
 
 
 def draw_positions(positions: Tensor) -> Figure:
-    """The encoding that is added to the embeddings, and how alike any two positions are. positions: (length, dim)."""
+    """The encoding added to the embeddings, and how alike any two positions are.
+
+    positions: (length, dim).
+    """
     figure = Figure(figsize=(16, 7), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    image = left.imshow(positions.numpy(), cmap="PuOr", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    image = left.imshow(
+        positions.numpy(), cmap="PuOr", vmin=-1, vmax=1, aspect="auto", interpolation="nearest"
+    )
     left.set(xlabel="dimension (fast waves left, slow ones right)", ylabel="position of the token")
     left.set_title("One row is added to the token at that position")
     figure.colorbar(image, ax=left, label="value added")
@@ -215,12 +290,14 @@ def draw_positions(positions: Tensor) -> Figure:
     image = right.imshow((unit @ unit.T).numpy(), cmap="cividis")
     right.set(xlabel="position", ylabel="position", title="Cosine between two rows")
     figure.colorbar(image, ax=right, label="1 = the same direction", shrink=0.8)
-    figure.suptitle("Positional encoding: every position has its own pattern, and neighbours are alike")
+    figure.suptitle(
+        "Positional encoding: every position has its own pattern, and neighbours are alike"
+    )
     return figure
 
 
-def draw_masks(task: Task, recorded: dict[str, Attention], source: list[str], written: list[str]) -> Figure:
-    """Which key each query of the first layer may attend to, for a padded source and a padded decoder input."""
+def draw_masks(recorded: dict[str, Attention], source: list[str], written: list[str]) -> Figure:
+    """Which keys each query of the first layer may attend to, where both sides are padded."""
     panels = [
         ("encoder.0.self_attention", "Encoder: padding hidden", source, source),
         ("decoder.0.self_attention", "Decoder: the future hidden", written, written),
@@ -228,7 +305,13 @@ def draw_masks(task: Task, recorded: dict[str, Attention], source: list[str], wr
     ]
     figure = Figure(figsize=(18, 7), layout="constrained")
     for axes, (name, title, columns, rows) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.imshow(recorded[name].allowed.numpy(), cmap=ListedColormap([GREY, BLUE]), vmin=0, vmax=1, aspect="auto")
+        axes.imshow(
+            recorded[name].allowed.numpy(),
+            cmap=ListedColormap([GREY, BLUE]),
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+        )
         label_tokens(axes, columns, rows)
         axes.set_xticks([edge - 0.5 for edge in range(1, len(columns))], minor=True)
         axes.set_yticks([edge - 0.5 for edge in range(1, len(rows))], minor=True)
@@ -244,9 +327,11 @@ def draw_masks(task: Task, recorded: dict[str, Attention], source: list[str], wr
 def draw_run(
     model: Transformer, task: Task, splits: Splits, predictions: dict[Pair, Prediction], pair: Pair
 ) -> dict[str, Figure]:
-    """What can be drawn from the model itself, by file name; the attention is that of one pair, with its own answer."""
+    """What the model itself shows, by file name; its attention while it answers one pair."""
     source, answer = [task.start_id, *pair, task.end_id], predictions[pair].tokens
-    asked = textwrap.shorten(f"{pair[0]} {pair[1]} → {' '.join(token_names(task, answer))}", 40, placeholder=" …")
+    asked = textwrap.shorten(
+        f"{pair[0]} {pair[1]} → {' '.join(token_names(task, answer))}", 40, placeholder=" …"
+    )
     written = [task.start_id, *answer[:-1]]
     padding = [task.pad_id] * 3
     with rc_context(STYLE):
@@ -256,34 +341,46 @@ def draw_run(
         return {
             "answers": draw_answers(task, predictions, splits),
             "attention_cross": draw_attention(
-                task, attention, "cross_attention", columns, rows,
+                task,
+                attention,
+                "cross_attention",
+                columns,
+                rows,
                 f"Where the decoder looks in the question while it answers {asked}",
             ),
             "attention_self": draw_attention(
-                task, attention, "self_attention", token_names(task, written), rows,
+                task,
+                attention,
+                "self_attention",
+                token_names(task, written),
+                rows,
                 f"Where the decoder looks in its own answer so far, {asked}",
             ),
             "positions": draw_positions(model.positions[: task.seq_len].cpu()),
-            "masks": draw_masks(task, masks, token_names(task, source + padding), token_names(task, written + padding)),
-        }  # fmt: skip
+            "masks": draw_masks(
+                masks, token_names(task, source + padding), token_names(task, written + padding)
+            ),
+        }
 
 
 def save_pictures(
-    folder: Path, model: Transformer, task: Task, splits: Splits, predictions: dict[Pair, Prediction], pair: Pair,
+    folder: Path,
+    model: Transformer,
+    task: Task,
+    splits: Splits,
+    predictions: dict[Pair, Prediction],
+    pair: Pair,
     clip_norm: float,
-) -> list[Path]:  # fmt: skip
-    """Draw everything; curves and schedule where the folder has metrics of a run. -> the files, in folder/pictures."""
+) -> list[Path]:
+    """Draw everything, with curves and schedule where the folder has metrics. -> the files."""
     figures = draw_run(model, task, splits, predictions, pair)
-    if rows := read_metrics(folder / "metrics.jsonl"):
+    if rows := read_metrics(folder):
         with rc_context(STYLE):
-            figures |= {"curves": draw_curves(rows, task.vocab_size), "schedule": draw_schedule(rows, clip_norm)}
+            figures |= {
+                "curves": draw_curves(rows, task.vocab_size),
+                "schedule": draw_schedule(rows, clip_norm),
+            }
     return save_figures(figures, folder)
-
-
-def read_metrics(file: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without a last one that a killed process left half written."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def save_figures(figures: dict[str, Figure], folder: Path) -> list[Path]:

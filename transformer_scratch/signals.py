@@ -1,32 +1,36 @@
-"""Ctrl-C and SIGTERM end a run at the next update, after its state is saved; on all processes at the same update."""
+"""Ctrl-C and SIGTERM stop a run after the current update, once its state is saved."""
 
 import os
 import signal
 
 import torch
 
-from transformer_scratch.runtime import Processes
+from transformer_scratch.errors import when_main_ends
+from transformer_scratch.processes import Processes
 
 
-class StopRequest:
-    """Remembers the first signal. A second Ctrl-C leaves at once, with the files as they are (each is whole)."""
+class Signals:
+    """Remembers the first signal. A second Ctrl-C leaves at once, with the files as they are."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
-        self.signal = 0
+        self.received = 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
+            when_main_ends(signal.signal, number, signal.signal(number, self.remember))
 
     def remember(self, number: int, frame: object) -> None:
-        if self.signal and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             os._exit(128 + number)
-        self.signal = number
+        self.received = number
 
-    def exit_code(self) -> int:
-        """0 to go on, otherwise what to exit with: 130 or 143. All processes get the same answer."""
+    def exchange(self) -> int:
+        """The number of a signal that any process has received, 0 for none; the same on all.
+
+        All processes must call it at the same point, and so they stop after the same update.
+        """
         if self.processes.world_size == 1:
-            return 128 + self.signal if self.signal else 0
+            return self.received
         # A tensor on the CPU: asking must not wait for the GPU.
-        asked = torch.tensor([self.signal])
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        return 128 + int(asked) if int(asked) else 0
+        received = torch.tensor([self.received])
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        return int(received)

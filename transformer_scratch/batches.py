@@ -1,0 +1,229 @@
+"""Samples and the batches they come in: sequences of about the same length together (section 5.1).
+
+Shapes: N samples, B batch, S source length, T target length; S and T are those of the longest
+sequence in the batch.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from transformer_scratch.processes import Processes
+from transformer_scratch.task import Pair, Splits, Task
+
+# Samples are sorted by length within windows of this many updates. A larger window leaves less
+# padding, but puts more sequences of one length into the same update.
+UPDATES_PER_WINDOW = 3
+WORKER_TIMEOUT = 600  # seconds; a data worker that hangs must not hold up the run for ever
+
+
+class Batch(NamedTuple):
+    """What one forward and backward pass sees.
+
+    source: (B, S), decoder_input and target: (B, T), all int64.
+    source_is_padded: whether any position of the source is padding.
+    num_tokens: target tokens of this batch, without padding.
+    update_tokens: those of the whole update it belongs to, in all its batches on all processes.
+    mean_update_tokens: those of an update on average over the epoch.
+    """
+
+    source: Tensor
+    decoder_input: Tensor
+    target: Tensor
+    source_is_padded: bool
+    num_tokens: int
+    update_tokens: int
+    mean_update_tokens: float
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move the tensors. A copy from pinned memory runs while the host goes on."""
+        source, decoder_input, target, *numbers = self
+        return Batch(
+            source.to(device, non_blocking=True),
+            decoder_input.to(device, non_blocking=True),
+            target.to(device, non_blocking=True),
+            *numbers,
+        )
+
+
+class BatchIndices(NamedTuple):
+    """Which samples make up a batch, and the counts of Batch that only the sampler knows."""
+
+    samples: Tensor  # (B,) int64
+    update_tokens: int
+    mean_update_tokens: float
+
+
+class PairDataset(Dataset):
+    """N samples of pairs that are stored once, as tensors; a batch is fetched in one operation."""
+
+    def __init__(self, task: Task, pairs: list[Pair], sample_pairs: Tensor | None = None):
+        """sample_pairs: (N,) int64, the index of each sample's pair; None takes each pair once."""
+        self.pairs = pairs
+        self.sample_pairs = torch.arange(len(pairs)) if sample_pairs is None else sample_pairs
+        self.source = torch.tensor([task.encode_source(pair) for pair in pairs])  # (P, seq_len)
+        self.target = torch.tensor([task.encode_target(pair) for pair in pairs])  # (P, seq_len)
+        source_lengths = (self.source != task.pad_id).sum(dim=1)  # (P,)
+        target_lengths = (self.target != task.pad_id).sum(dim=1) - 1  # without the start token
+        self.source_lengths = source_lengths[self.sample_pairs]  # (N,)
+        self.target_lengths = target_lengths[self.sample_pairs]  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.sample_pairs)
+
+    def __getitem__(self, indices: BatchIndices) -> Batch:
+        """The batch of these samples, cut to the longest source and target among them."""
+        samples, update_tokens, mean_update_tokens = indices
+        pairs = self.sample_pairs[samples]
+        source_lengths, target_lengths = self.source_lengths[samples], self.target_lengths[samples]
+        source_length, target_length = int(source_lengths.max()), int(target_lengths.max())
+        target = self.target[pairs, : target_length + 1]
+        return Batch(
+            source=self.source[pairs, :source_length],
+            decoder_input=target[:, :-1].contiguous(),
+            target=target[:, 1:].contiguous(),
+            source_is_padded=int(source_lengths.min()) < source_length,
+            num_tokens=int(target_lengths.sum()),
+            update_tokens=update_tokens,
+            mean_update_tokens=mean_update_tokens,
+        )
+
+
+class BatchSampler(Sampler):
+    """The samples of each batch of an epoch, the same whenever seed and epoch are the same.
+
+    A global batch is shared out to the processes, batch_size samples to each. Training (shuffle)
+    leaves out the samples that fill no global batch; otherwise every sample comes once, in order.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
+        self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
+        self.epoch, self.first_batch = 0, 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to start with: a resumed run has seen some already."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        """The batches of a whole epoch, on each process."""
+        global_batch = self.batch_size * self.world_size
+        if self.shuffle:
+            return len(self.dataset) // global_batch
+        return -(-len(self.dataset) // global_batch)
+
+    def __iter__(self) -> Iterator[BatchIndices]:
+        updates = self.updates()
+        update_tokens = [int(self.dataset.target_lengths[update].sum()) for update in updates]
+        mean_update_tokens = sum(update_tokens) / len(updates)
+        index = 0
+        for update, num_tokens in zip(updates, update_tokens, strict=True):
+            for global_batch in update.split(self.batch_size * self.world_size):
+                samples = global_batch.tensor_split(self.world_size)[self.rank]
+                if index >= self.first_batch and len(samples):
+                    yield BatchIndices(samples, num_tokens, mean_update_tokens)
+                index += 1
+
+    def updates(self) -> list[Tensor]:
+        """The samples of each update of this epoch, in order of length where it trains.
+
+        A list of int64 tensors. The last update may have fewer batches than the others.
+        """
+        size = self.batch_size * self.world_size * self.accumulate
+        if not self.shuffle:
+            return list(torch.arange(len(self.dataset)).split(size))
+        # A generator on the CPU takes 32 bits for a seed: both numbers are hashed into those.
+        seed = random.Random(f"{self.seed} {self.epoch}").getrandbits(32)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.dataset), generator=generator)
+        order = order[: len(self) * self.batch_size * self.world_size]
+
+        whole = len(order) - len(order) % size
+        updates = []
+        for window in order[:whole].split(size * UPDATES_PER_WINDOW):
+            updates += self.sort_by_length(window).split(size)
+        shuffled = torch.randperm(len(updates), generator=generator).tolist()
+        updates = [updates[index] for index in shuffled]
+        if whole < len(order):
+            updates.append(self.sort_by_length(order[whole:]))
+        return updates
+
+    def sort_by_length(self, samples: Tensor) -> Tensor:
+        """By target length, then by source length."""
+        source, target = self.dataset.source_lengths[samples], self.dataset.target_lengths[samples]
+        return samples[torch.argsort(target * (source.max() + 1) + source, stable=True)]
+
+
+def make_datasets(
+    task: Task, splits: Splits, num_datas: int, seed: int
+) -> tuple[PairDataset, PairDataset, PairDataset]:
+    """Training draws num_datas pairs with repetition; a held-out pair is evaluated once.
+
+    Where nothing is held out, validation and test draw 5,000 and 10,000 samples, as in the article.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(pairs: list[Pair], size: int) -> PairDataset:
+        return PairDataset(task, pairs, torch.randint(len(pairs), (size,), generator=generator))
+
+    train = draw(splits.train, num_datas)
+    if splits.nothing_held_out:
+        return train, draw(splits.val, 5_000), draw(splits.test, 10_000)
+    return train, PairDataset(task, splits.val), PairDataset(task, splits.test)
+
+
+def make_loaders(
+    config, task: Task, splits: Splits, processes: Processes, device: torch.device
+) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """The batches that a Config describes, for training, validation and test."""
+    train, val, test = make_datasets(task, splits, config.num_datas, config.seed)
+    share = {"rank": processes.rank, "world_size": processes.world_size}
+    sampler = BatchSampler(train, config.batch_size, True, config.seed, config.accumulate, **share)
+    return (
+        make_loader(sampler, config.num_workers, pin_memory=device.type == "cuda"),
+        make_loader(BatchSampler(val, config.batch_size, **share)),
+        make_loader(BatchSampler(test, config.batch_size, **share)),
+    )
+
+
+def make_loader(
+    sampler: BatchSampler, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Fetch whole batches.
+
+    A loader draws a seed for its workers: from its own generator, not from the one of dropout.
+    """
+    return DataLoader(
+        sampler.dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=unchanged,
+        worker_init_fn=leave_process_group,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        timeout=WORKER_TIMEOUT if num_workers else 0,
+    )
+
+
+def unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def leave_process_group(worker: int) -> None:
+    """A terminal sends Ctrl-C to the whole group, but the workers must outlive the saving."""
+    os.setpgrp()

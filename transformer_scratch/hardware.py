@@ -1,0 +1,104 @@
+"""Device, precision, threads and compiler: what is chosen here comes with its reason."""
+
+import ctypes
+import os
+import platform
+
+import torch
+from torch import nn
+
+from transformer_scratch.errors import BadInput, when_main_ends
+
+# The type that autocast computes in, by --amp; None is float32 throughout.
+AUTOCAST_TYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, str]:
+    """-> the device, and why. Raises BadInput when the accelerator is not there."""
+    found = {
+        "gpu": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    reason = "as asked"
+    if accelerator == "auto":
+        accelerator = next(name for name in found if found[name])
+        reason = "no GPU found" if accelerator == "cpu" else "found here"
+    if not found[accelerator]:
+        raise BadInput(
+            f"--accelerator {accelerator}, but PyTorch finds none here; "
+            "--accelerator cpu works everywhere"
+        )
+    if accelerator != "gpu":
+        return torch.device(accelerator), reason
+    if local_rank >= torch.cuda.device_count():
+        raise BadInput(
+            f"process {local_rank + 1} of this machine has no GPU of its own (found: "
+            f"{torch.cuda.device_count()}); start fewer with --nproc-per-node, "
+            "or give --accelerator cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank), reason
+
+
+def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[str, str]:
+    """-> off, fp16 or bf16, and why."""
+    has_bf16_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if amp == "fp16" and device.type == "cpu":
+        return amp, "as asked; slow on a CPU, good for seeing the loss scaler work"
+    if amp == "bf16" and device.type == "cpu" and not has_bf16_units:
+        return amp, "as asked; this CPU has no units for it, so it is slower than float32"
+    if amp != "auto":
+        return amp, "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU computes it fast, and it needs no loss scaling"
+        return "fp16", "this GPU has no fast bf16"
+    if device.type == "cpu" and dim >= 256 and has_bf16_units:
+        return "bf16", "this CPU multiplies matrices in it (AMX or AVX-512 BF16)"
+    return "off", "nothing to gain here from half precision"
+
+
+def choose_threads(dim: int, batch_size: int) -> str:
+    """Leave a small model to one thread. -> why there are so many.
+
+    A second thread makes its steps little faster, and beside other programs two threads wait for
+    each other: the default training then takes minutes instead of half a minute.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return "OMP_NUM_THREADS"
+    if dim * batch_size > 32 * 128:
+        return "one a core"
+    when_main_ends(torch.set_num_threads, torch.get_num_threads())
+    torch.set_num_threads(1)
+    return "a model this small gains little from more"
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what one step frees for the next, instead of returning it.
+
+    Taking memory anew costs a page fault every 4 KiB. Only glibc has the call; it affects the
+    whole process, and only its use of memory.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # mallopt's parameters, in malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 2**26)
+
+
+def compile_model(model: nn.Module) -> str:
+    """Compile each block of encoder and decoder in place, if a compiler works. -> what was done.
+
+    Blocks of a kind are alike, so two compilations serve all of them; the whole model in one piece
+    would take many times as long.
+    """
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=next(model.parameters()).device))
+    except Exception as error:  # torch wraps a missing compiler in many types
+        kind = type(error).__name__
+        return f"no: no working compiler here ({kind}), so the model runs as it is written"
+    for block in [*model.encoder, *model.decoder]:
+        block.compile(dynamic=True)  # batches differ in length
+    return "yes: torch.compile; the first step is slow"
