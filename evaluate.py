@@ -144,9 +144,8 @@ def print_summary(result: dict, task: Task, file: Path, folder: Path) -> None:
         )
     else:
         print("unseen pairs    none: this run trained on every pair (--holdout 0)")
-    print(
-        f"all pairs       {result['token_accuracy']:.1%} of the tokens right, loss {result['loss']:.4f}"
-    )
+    tokens = f"{result['token_accuracy']:.1%} of the tokens right"
+    print(f"all pairs       {tokens}, loss {result['loss']:.4f}")
     wrong = [row for row in result["predictions"] if not row["exact"]]
     for row in wrong[:20]:
         kind = "trained" if row["seen"] else "unseen"

@@ -51,7 +51,7 @@ def token_loss(network: nn.Module, batch: Batch, pad_id: int) -> Tensor:
 def evaluate(
     model: Transformer, loader: DataLoader, autocast: torch.amp.autocast, device: torch.device
 ) -> tuple[Tensor, int, list[Tensor]]:
-    """-> loss x tokens, summed over this process's batches; their tokens; each batch's loss."""
+    """-> this process's sum of loss x tokens, its number of tokens, and the loss of each batch."""
     loss_sum, num_tokens, losses = torch.zeros((), device=device), 0, []
     for batch in loader:
         with autocast:
@@ -72,14 +72,15 @@ def log(row: dict) -> None:
 def main(arguments: list[str] | None = None) -> None:
     # ------------------------------------------------------------------------------- 1. Settings
 
-    # What the flags leave open is chosen by size or hardware; the reasons are printed below.
+    # What the flags leave open is chosen by size or hardware; the reasons are printed below. Memory
+    # that one step frees is kept for the next: taking it from the system again costs time.
     processes = start_processes()
     config, reasons, checkpoint = load_config(arguments, processes)
     device, _ = choose_device(config.accelerator, processes.local_rank)
     reasons["threads"] = choose_threads(config.dim, config.batch_size)
     keep_freed_memory()
 
-    # A signal is only noted when it comes. The loop acts on it where the state can be saved.
+    # A signal is only recorded on arrival; the loop acts on it where the state can be saved.
     signals = Signals(processes)
 
     # Everything random below follows from the seed: weights, order of the data, dropout.
@@ -94,15 +95,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     # ------------------------------------------------------------ 3. Model, optimizer, precision
 
-    # To the device first: the optimizer must be given the parameters that will be trained.
+    # The model moves first, as PyTorch asks: an optimizer holds on to the parameters it is given.
+    # It is not fused in fp16, where Lightning would then refuse to clip.
     model = Transformer.from_config(config, task)
     model.to(device)  # [hidden: model to the device]
     optimizer = make_optimizer(model, config.lr, config.weight_decay, fused=config.amp != "fp16")
     scheduler = make_schedule(optimizer, config.warmup_steps)
 
-    # torch.amp with device "cuda" is today's spelling of torch.cuda.amp, whose names warn since
-    # PyTorch 2.4. Small fp16 gradients would become zero: the scaler makes the loss larger before
-    # the backward pass and the gradients smaller after it. Without fp16 it does nothing.
+    # torch.amp with device "cuda" replaces torch.cuda.amp, deprecated since PyTorch 2.4. Small fp16
+    # gradients would become zero: the scaler multiplies the loss before the backward pass and
+    # divides the gradients after it. Without fp16 it does nothing.
     dtype = AUTOCAST_TYPES[config.amp]
     autocast = torch.amp.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -115,13 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
     network = model
     if processes.world_size > 1:
         network = DistributedDataParallel(model)  # [hidden: gradients averaged over the processes]
-        # So far all processes have drawn the same numbers, to start with the same weights. Dropout
-        # must differ between them.
+        # Up to here all processes drew the same random numbers, so they start with the same
+        # weights. From here on dropout must differ between them.
         seed_everything(config.seed + processes.rank)
 
     # ------------------------------------------------------------------------ 4. Run and resume
 
-    # All that decides what the next update does. This is what a checkpoint holds.
+    # Everything the next update depends on; this is what a checkpoint holds.
     progress = Progress(device)
     everything = {
         "model": model,
@@ -132,11 +134,11 @@ def main(arguments: list[str] | None = None) -> None:
         "rng": RandomState(),
     }
     run = RunFolder(config, processes, checkpoint)
+    if checkpoint and checkpoint["epoch"] >= config.max_epochs and run.is_finished():
+        summary.print_finished(run, config)
+        return
     if checkpoint:
         run.restore(everything, checkpoint)
-        if progress.epoch >= config.max_epochs and run.is_finished():
-            summary.print_finished(run, config)
-            return
     else:
         # Saved before the first update, so that a run can be resumed whatever happens to it.
         run.save(everything)
@@ -155,6 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         # The order depends on seed and epoch alone; a resumed run skips the batches it has done.
         train_loader.sampler.set_epoch(epoch, progress.batch)  # [hidden: a new order every epoch]
+
+        # For the tokens per second: a resumed epoch has counted some tokens already.
         started_at, tokens_before = time.perf_counter(), progress.epoch_tokens
         update_loss = torch.zeros((), device=device)
 
@@ -164,13 +168,13 @@ def main(arguments: list[str] | None = None) -> None:
             epoch_ends = progress.batch == batches_per_epoch
             update_ends = epoch_ends or progress.batch % config.accumulate == 0
 
-            # The mean over a batch gives its tokens more weight the fewer they are. With this
-            # factor every token of the epoch counts the same. Gradients are averaged over the
-            # processes, but the tokens of all of them have to be added up: hence world_size.
+            # In the mean over a batch a token weighs more the fewer tokens there are. This factor
+            # undoes that: every token of the epoch counts the same. And where DDP averages the
+            # gradients of the processes we want their sum: hence world_size.
             weight = batch.num_tokens / batch.mean_update_tokens * processes.world_size
 
             # Processes exchange their gradients once an update, in the backward pass of its last
-            # batch. (A model that is not distributed takes no notice of this.)
+            # batch. This is the switch that DDP's no_sync() sets; a plain model ignores it.
             network.require_backward_grad_sync = update_ends  # [hidden: no_sync]
 
             # The forward pass computes in half precision where that is safe. Backward adds to the
@@ -179,8 +183,8 @@ def main(arguments: list[str] | None = None) -> None:
                 loss = token_loss(network, batch, task.pad_id)
             scaler.scale(loss * weight).backward()  # [hidden: backward]
 
-            # What is reported is the plain mean over tokens. The share is the part of the update's
-            # tokens that are in this batch: 1 with one process and without --accumulate.
+            # What is reported is the plain mean over the update's tokens. This batch's share of
+            # them is 1 with one process and without --accumulate; flush() adds up the processes.
             share = batch.num_tokens / batch.update_tokens
             update_loss += loss.detach() * share
             progress.epoch_loss += loss.detach() * batch.num_tokens
@@ -200,12 +204,13 @@ def main(arguments: list[str] | None = None) -> None:
             scaler.step(optimizer)  # [hidden: optimizer step]
             scaler.update()  # [hidden: scaler update]
             skipped = scaler.get_scale() < scale_before
-            lr = scheduler.get_last_lr()[0]
+            lr = scheduler.get_last_lr()[0]  # the one that this update used
             if not skipped:
                 scheduler.step()  # [hidden: schedule]
             optimizer.zero_grad()  # [hidden: zero_grad]
 
-            # Loss and norm stay on the device for now: reading them would wait for it.
+            # Loss and norm stay on the device for now: reading them would wait for it. A step is an
+            # attempt, skipped or not.
             progress.step += 1
             row = {"step": progress.step, "epoch": epoch, "train/loss_step": update_loss}
             row |= {"lr": lr, "grad_norm": grad_norm}
@@ -213,22 +218,20 @@ def main(arguments: list[str] | None = None) -> None:
                 row["skipped"] = True
             run.record(row)
             update_loss = torch.zeros((), device=device)
-            bar.update()
 
-            # Numbers are read before they are shown and before the weights are saved: the first
-            # one that is not finite ends the run here. The state is saved before anything is
-            # shown, so that neither a broken terminal nor a dead logger can cost an update.
+            # Numbers are read before the weights are saved: the first one that is not finite ends
+            # the run here. The state is saved before anything is shown, so that neither a broken
+            # terminal nor a dead logger can prevent a save that is due.
             stop_signal = signals.exchange()
-            save_is_due = config.save_every and progress.step % config.save_every == 0
-            log_is_due = epoch_ends or progress.step % config.log_every == 0
-            if (
-                stop_signal or save_is_due or log_is_due
-            ):  # [hidden: reading the loss only now and then]
+            save_due = config.save_every and progress.step % config.save_every == 0
+            log_due = epoch_ends or progress.step % config.log_every == 0
+            if stop_signal or save_due or log_due:  # [hidden: reading the loss only now and then]
                 row = run.flush()
-                if stop_signal or save_is_due:
+                if stop_signal or save_due:
                     run.save(everything)
                 bar.set_postfix(loss=f"{row['train/loss_step']:.4f}", refresh=False)
                 log(row)  # [hidden: logging]
+            bar.update()
             if stop_signal:
                 raise summary.stopped(stop_signal, run, progress.step)
 
@@ -238,9 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
         tokens = (progress.epoch_tokens - tokens_before) * processes.world_size
         model.eval()  # [hidden: eval mode]
         row = {"step": progress.step, "epoch": epoch}
-        row["train/loss_epoch"] = processes.mean(
-            progress.epoch_loss, progress.epoch_tokens
-        )  # [hidden: epoch mean]
+        total, count = progress.epoch_loss, progress.epoch_tokens
+        row["train/loss_epoch"] = processes.mean(total, count)  # [hidden: epoch mean]
         loss_sum, num_tokens, val_losses = evaluate(model, val_loader, autocast, device)
         row["val/loss_epoch"] = processes.mean(loss_sum, num_tokens)  # [hidden: validation]
         with autocast:
@@ -264,11 +266,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------- 6. The test
 
-    # The test is of the weights that one would use: those of the epoch that validated best.
+    # Test the weights one would use: those with the best validation loss.
     bar.close()
-    model.load_state_dict(
-        run.load_best(progress.ranking)["model"]
-    )  # [hidden: the best weights, not the last]
+    best = run.load_best(progress.ranking)
+    model.load_state_dict(best["model"])  # [hidden: the best weights, not the last]
     model.eval()
     loss_sum, num_tokens, test_losses = evaluate(model, test_loader, autocast, device)
     with autocast:

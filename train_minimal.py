@@ -1,4 +1,4 @@
-"""The whole training without an option, as one would write it on a whiteboard. Then read train.py.
+"""The whole training with no options, as you would write it on a whiteboard. Then read train.py.
 
     python train_minimal.py
 
@@ -38,7 +38,9 @@ def main() -> tuple[Transformer, list[float]]:
     train_loader = make_loader(BatchSampler(train_data, BATCH_SIZE, shuffle=True, seed=SEED))
     val_loader = make_loader(BatchSampler(val_data, BATCH_SIZE))
 
-    model = Transformer(task.vocab_size, DIM, NUM_HEADS, NUM_LAYERS, dropout=DROPOUT)
+    model = Transformer(
+        task.vocab_size, DIM, NUM_HEADS, NUM_LAYERS, dropout=DROPOUT, pad_id=task.pad_id
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -49,7 +51,7 @@ def main() -> tuple[Transformer, list[float]]:
         train_loader.sampler.set_epoch(epoch)
 
         for batch in train_loader:
-            # With this factor a token counts the same in whichever batch it is.
+            # This weight makes every token count the same, whichever batch it is in.
             weight = batch.num_tokens / batch.mean_update_tokens
             loss = token_loss(model, batch)
             (loss * weight).backward()

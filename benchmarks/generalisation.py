@@ -1,10 +1,11 @@
-"""Does the model answer pairs that it has never seen? Trains with the defaults, seed after seed, and counts.
+"""Does the model answer pairs that it has never seen? Trains seed after seed, and counts.
 
     python -m benchmarks.generalisation                                 ten digits, seeds 1 to 20
     python -m benchmarks.generalisation --task thirty-digits --seeds 1 2 3
     python -m benchmarks.generalisation --task paper-size --seeds 1 2 3
 
-Each seed is one run of train.py and evaluate.py as a user starts them, with its own split, weights and order.
+Each seed is one run of train.py and evaluate.py as a user starts them, with its own split, first
+weights and order of the data.
 """
 
 import json
@@ -35,58 +36,60 @@ class Arguments:
     """Which configuration."""
     seeds: tuple[int, ...] = tuple(range(1, 21))
     """The seeds, one after the other."""
-    json: str | None = None
+    json: Path | None = None
     """File to write the rows to, besides the table."""
 
 
 def run_seed(flags: list[str], seed: int) -> dict:
-    """Train and evaluate. -> shares of exactly right answers, wall seconds of train.py, the wrong pairs."""
+    """-> shares of exactly right answers, seconds of train.py, the pairs answered wrong."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        train = ["train.py", *flags, "--seed", str(seed), "--run-dir", str(run), "--wandb", "disabled"]
         started = time.perf_counter()
-        subprocess.run([sys.executable, *train], cwd=PROJECT, check=True, capture_output=True)
+        run_script("train.py", *flags, "--seed", seed, "--run-dir", run, "--wandb", "disabled")
         seconds = time.perf_counter() - started
-        subprocess.run([sys.executable, "evaluate.py", "--run", str(run)], cwd=PROJECT, check=True, capture_output=True)
-        result = json.loads((run / "evaluation.json").read_text())
-    wrong = [f"{a} {b}" for a, b in (row["pair"] for row in result["predictions"] if not row["exact"])]
+        run_script("evaluate.py", "--run", run, "--no-pictures")
+        result = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    wrong = [row["pair"] for row in result["predictions"] if not row["exact"]]
     return {
         "seed": seed,
         "trained": result["exact_match_seen"],
-        "val": result["exact_match_val"],
-        "test": result["exact_match_test"],
         "unseen": result["exact_match_unseen"],
+        "validation": result["exact_match_val"],
+        "test": result["exact_match_test"],
         "seconds": seconds,
-        "wrong": wrong,
+        "wrong": [f"{first} {last}" for first, last in wrong],
     }
 
 
+def run_script(name: str, *arguments: object) -> None:
+    command = [sys.executable, name, *map(str, arguments)]
+    finished = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    if finished.returncode:
+        sys.exit(f"{name} ended with {finished.returncode}:\n{finished.stderr}")
+
+
 def print_table(rows: list[dict]) -> None:
-    """A Markdown table, so that it can stand in docs/results.md as it is."""
-    print("| seed | trained | unseen | validation | test | seconds | wrong |")
-    print("|---|---|---|---|---|---|---|")
+    """A Markdown table, to be copied into docs/results.md as it is."""
+    shares = ("trained", "unseen", "validation", "test")
+    print(f"| seed | {' | '.join(shares)} | seconds | wrong |\n|{'---|' * 7}")
     for row in rows:
         wrong = ", ".join(row["wrong"][:8]) + (" ..." if len(row["wrong"]) > 8 else "")
-        print(f"| {row['seed']} | {shares(row)} | {row['seconds']:.0f} | {wrong} |")
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("trained", "unseen", "val", "test", "seconds")}
-    print(f"| mean | {shares(mean)} | {mean['seconds']:.0f} | |")
-    worst = {key: min(row[key] for row in rows) for key in ("trained", "unseen")}
-    print(f"\nworst seed: {worst['trained']:.1%} trained, {worst['unseen']:.1%} unseen")
+        cells = " | ".join(f"{row[name]:.1%}" for name in shares)
+        print(f"| {row['seed']} | {cells} | {row['seconds']:.0f} | {wrong} |")
+    cells = " | ".join(f"{sum(row[name] for row in rows) / len(rows):.1%}" for name in shares)
+    seconds = sum(row["seconds"] for row in rows) / len(rows)
+    print(f"| mean | {cells} | {seconds:.0f} | |")
 
 
-def shares(row: dict) -> str:
-    return " | ".join(f"{row[key]:.1%}" for key in ("trained", "unseen", "val", "test"))
-
-
-def main() -> None:
-    arguments = tyro.cli(Arguments)
+def main(arguments: list[str] | None = None) -> None:
+    options = tyro.cli(Arguments, args=arguments)
     rows = []
-    bar = tqdm(arguments.seeds, desc=arguments.task, unit="seed")
+    bar = tqdm(options.seeds, desc=options.task, unit="seed")
     for seed in bar:
-        rows.append(run_seed(FLAGS[arguments.task], seed))
+        rows.append(run_seed(FLAGS[options.task], seed))
         bar.set_postfix(unseen=f"{rows[-1]['unseen']:.0%}")
-        if arguments.json:  # after every seed, so that a stopped benchmark has not measured in vain
-            Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+        if options.json:  # after every seed, so that a stopped benchmark has not measured in vain
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print_table(rows)
 
 

@@ -1,12 +1,11 @@
-"""Time and memory of a training step as one thing at a time grows: digits, width, depth, batch, processes.
+"""Time and memory of a training step as one thing grows: digits, width, depth, batch, processes.
 
     python -m benchmarks.scaling
 
-Every point is a process of its own (two, for "processes"), so that its peak memory is its own. Digits stand for length:
-the longest of D digits' targets has D + 1 tokens.
+Every point is a process of its own (two, for "processes"), so that its peak memory is its own.
+Digits stand for length: with D digits the longest target has D + 1 tokens.
 """
 
-import itertools
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +19,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from benchmarks.measure import Options, Timing, number, print_table, save_json, save_picture
+from benchmarks.lib.measure import (
+    Options,
+    Timing,
+    number,
+    print_table,
+    save_json,
+    save_picture,
+    threads,
+)
 from train import token_loss
-from transformer_scratch.data import BatchSampler, Task, make_datasets, make_loader, split_pairs
+from transformer_scratch.batches import (
+    UPDATES_PER_WINDOW,
+    BatchSampler,
+    make_datasets,
+    make_loader,
+)
+from transformer_scratch.hardware import keep_freed_memory
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer
-from transformer_scratch.runtime import keep_freed_memory
+from transformer_scratch.task import Task, split_pairs
 
 
 @dataclass(frozen=True)
@@ -51,85 +64,106 @@ QUICK = {"dim": (16,), "processes": (1, 2)}
 
 @dataclass
 class Arguments(Options):
-    """How a training step grows."""
+    """Measure how time and memory of a training step grow."""
 
-    steps: int = 10
-    """Training steps timed at each point."""
+    windows: int = 4
+    """Windows of three batches (short, middling, long) timed at each point."""
     rounds: int = 3
     """How often all points are measured, in turn; the median round counts."""
 
 
 def peak_memory() -> int:
     """The most bytes this process has held so far, as Linux counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def train_steps(rank: int, point: Point, steps: int, threads: int, folder: str) -> None:
-    """A process: train, then leave seconds of each step and peak memory in the folder."""
-    torch.set_num_threads(threads)
+def train_an_epoch(rank: int, point: Point, windows: int, num_threads: int, folder: str) -> None:
+    """A process: train, then leave the seconds of a step and the peak memory in the folder."""
+    torch.set_num_threads(num_threads)
     keep_freed_memory()
-    if point.processes > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=point.processes)
-    make_optimizer(nn.Linear(1, 1), 1.0, 0.0, fused=True)  # the first one loads a part of PyTorch
+    world_size = point.processes
+    if world_size > 1:
+        address = f"file://{folder}/meeting"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    make_optimizer(nn.Linear(1, 1), 1.0, 0.0)  # the first one loads a part of PyTorch
     before = peak_memory()
     torch.manual_seed(0)
     task = Task(point.digits, point.digits + 6)
-    pairs = split_pairs(task, 0.2, 42)
-    data = make_datasets(task, pairs, point.batch * point.processes * (steps + 2), 42)[0]
-    sampler = BatchSampler(data, point.batch, True, 42, rank=rank, world_size=point.processes)
-    model = Transformer(task.vocab_size, point.dim, max(1, point.dim // 64), point.layers, pad_id=task.pad_id)
-    network = DistributedDataParallel(model) if point.processes > 1 else model
-    parameters = list(model.parameters())
-    optimizer = make_optimizer(model, 1e-4, 0.1, fused=True)
-    ends = []
-    for batch in make_loader(sampler):
-        token_loss(network, batch).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+    splits = split_pairs(task, holdout=0.2, seed=42)
+    updates = windows * UPDATES_PER_WINDOW
+    data = make_datasets(task, splits, point.batch * world_size * updates, seed=42)[0]
+    share = {"rank": rank, "world_size": world_size}
+    loader = make_loader(BatchSampler(data, point.batch, shuffle=True, seed=42, **share))
+
+    num_heads = max(1, point.dim // 64)
+    model = Transformer(task.vocab_size, point.dim, num_heads, point.layers, pad_id=task.pad_id)
+    network = DistributedDataParallel(model) if world_size > 1 else model
+    optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.1)
+
+    def step(batch) -> None:
+        weight = batch.num_tokens / batch.mean_update_tokens * world_size
+        (token_loss(network, batch, task.pad_id) * weight).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ends.append(time.perf_counter())
+        optimizer.zero_grad()
+
+    step(next(iter(loader)))  # warm-up
+    started = time.perf_counter()
+    for batch in loader:
+        step(batch)
+    seconds = (time.perf_counter() - started) / updates
     if rank == 0:
-        seconds = [end - start for start, end in itertools.pairwise(ends[1:])]
-        torch.save({"seconds": seconds, "memory": peak_memory() - before}, f"{folder}/result.pt")
-    if point.processes > 1:
+        result = {"seconds": seconds, "memory": peak_memory() - before}
+        torch.save(result, f"{folder}/result.pt")
+    if world_size > 1:
         dist.destroy_process_group()
 
 
-def measure(point: Point, options: Arguments) -> dict:
-    """-> median seconds of a step and bytes that training added to a process."""
-    threads = max(1, torch.get_num_threads() // point.processes)
+def measure(point: Point, windows: int) -> dict:
+    """-> mean seconds of a step, and the bytes that training added to a process."""
+    num_threads = max(1, torch.get_num_threads() // point.processes)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train_steps, (point, options.steps, threads, folder), nprocs=point.processes)
-        result = torch.load(f"{folder}/result.pt", weights_only=True)
-    return {"seconds": Timing(result["seconds"]).median, "memory": result["memory"]}
+        mp.spawn(train_an_epoch, (point, windows, num_threads, folder), nprocs=point.processes)
+        return torch.load(f"{folder}/result.pt", weights_only=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
-    standard, sweeps, rounds = Point(), SWEEPS, options.rounds
+    standard, sweeps = Point(), SWEEPS
     if options.quick:
-        standard, sweeps, rounds, options.steps = Point(dim=16, layers=1, batch=8), QUICK, 1, 2
+        standard, sweeps = Point(dim=16, layers=1, batch=8), QUICK
+        options.windows = options.rounds = 1
     options.set_threads()
-    points = {(name, value): replace(standard, **{name: value}) for name, values in sweeps.items() for value in values}
-    results = {point: [] for point in dict.fromkeys(points.values())}  # the standard point is in every sweep
-    todo = [point for _ in range(rounds) for point in results]
+    points = {
+        (name, value): replace(standard, **{name: value})
+        for name, values in sweeps.items()
+        for value in values
+    }
+    # The standard point is in every sweep, but measured only once a round.
+    results = {point: [] for point in points.values()}
+    todo = [point for _ in range(options.rounds) for point in results]
     for point in tqdm(todo, desc="points", unit="point"):
-        results[point].append(measure(point, options))
+        results[point].append(measure(point, options.windows))
 
     rows, curves = [], {}
     for (name, value), point in points.items():
-        timing = Timing([run["seconds"] for run in results[point]])
-        memory = Timing([run["memory"] for run in results[point]]).median / 2**20
+        timing = Timing([result["seconds"] for result in results[point]])
+        memory = Timing([result["memory"] for result in results[point]]).median / 2**20
         samples = point.batch * point.processes / timing.median
-        curves.setdefault(name, []).append(
-            {"value": value, "seconds": timing.median, "MiB": memory, "samples/s": samples}
+        curve = {"value": value, "seconds": timing.median, "MiB": memory, "samples/s": samples}
+        curves.setdefault(name, []).append(curve)
+        rows.append(
+            {
+                "grows": name,
+                "to": str(value),
+                "ms a step (middle half)": timing.show(),
+                "samples/s": samples,
+                "MiB a process": number(memory),
+            }
         )
-        rows.append({"grows": name, "to": str(value), "ms a step (middle half)": timing.show(), "samples/s": samples,
-                     "MiB a process": number(memory)})  # fmt: skip
     others = ", ".join(f"{name} {value}" for name, value in asdict(standard).items())
-    title = f"A training step as one thing grows; the others: {others}; {torch.get_num_threads()} threads"
-    print_table(title, rows)
+    print_table(f"A training step as one thing grows; the others: {others}; {threads()}", rows)
     save_json(options, "scaling", {"standard": asdict(standard), "curves": curves})
     draw(options, curves)
 
@@ -142,7 +176,8 @@ def draw(options: Arguments, curves: dict[str, list[dict]]) -> None:
     grid = figure.subplots(2, len(curves), sharey="row", squeeze=False)
     for column, (name, points) in enumerate(curves.items()):
         values = [str(point["value"]) for point in points]
-        grid[0, column].plot(values, [point["seconds"] * 1e3 for point in points], "o-", color="#2a7")
+        milliseconds = [point["seconds"] * 1e3 for point in points]
+        grid[0, column].plot(values, milliseconds, "o-", color="#2a7")
         grid[1, column].plot(values, [point["MiB"] for point in points], "o-", color="#88c")
         grid[1, column].set_xlabel(name)
         for axes in grid[:, column]:

@@ -1,10 +1,11 @@
-"""Training samples a second: from the article's way to ours step by step, against nn.Transformer, against Lightning.
+"""Training samples a second: the article's way step by step to ours, nn.Transformer, Lightning.
 
-    python -m benchmarks.throughput                     dim 512, 8 heads, batch 64
-    python -m benchmarks.throughput --dim 32 --num-heads 1 --batch-size 128
+    python -m benchmarks.throughput                     the default size: dim 32, batch 128
+    python -m benchmarks.throughput --dim 512 --num-heads 8 --batch-size 64
     python -m benchmarks.throughput --lightning         (needs comparison/requirements.txt)
 
-A step is everything from fetching the batch to the updated weights. All ways train on the same pairs, in turn.
+A step is everything from fetching the batch to the updated weights. All ways train on the same
+pairs, in turn.
 """
 
 from collections.abc import Callable
@@ -13,141 +14,166 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from benchmarks.measure import Options, Timing, interleave, number, peak_flops, print_table, save_json, save_picture
-from benchmarks.ways import Ways, padded_loss
-from transformer_scratch.runtime import choose_precision, keep_freed_memory
+from benchmarks.lib.measure import (
+    Options,
+    Timing,
+    interleave,
+    number,
+    print_table,
+    ratio,
+    save_json,
+    save_picture,
+    threads,
+)
+from benchmarks.lib.training_steps import TrainingStep, TrainingSteps
+from transformer_scratch.hardware import (
+    AUTOCAST_TYPES,
+    choose_precision,
+    choose_threads,
+    keep_freed_memory,
+)
 
 
 @dataclass
 class Arguments(Options):
-    """Training samples a second and where they come from."""
+    """Compare training samples a second: the article, nn.Transformer, Lightning and ours."""
 
-    dim: int = 512
+    dim: int = 32
     """Width of the model."""
-    num_heads: int = 8
+    num_heads: int = 1
     """Attention heads."""
     num_layers: int = 6
     """Blocks in the encoder, and as many in the decoder."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Samples a step."""
     amp: str = "auto"
-    """Precision of the last step of the waterfall: auto, off, bf16."""
+    """Precision of ours and of nn.Transformer: auto, off, bf16."""
     rounds: int = 9
-    """Steps of each way."""
+    """Turns of each way, three steps each: a short batch, a middling one and a long one."""
     lightning: bool = False
-    """Time whole runs of train.py and of its Lightning twin too."""
+    """Compare whole updates of train.py and of its Lightning twin, too."""
 
 
-def waterfall(ways: Ways, dtype: torch.dtype | None) -> dict[str, Callable[[], None]]:
-    """From the article's program to ours, one change after the other."""
-    plain = {"loss_function": padded_loss, "data": ways.padded}
-    steps = {
-        "the article's way": ways.article(),
-        "+ batches fetched whole": ways.article(item_by_item=False),
-        "+ our model, dropped out only where the paper does": ways.ours(**plain, torch_dropout=True, fused=False),
-        "+ dropout drawn four at a time": ways.ours(**plain, fused=False),
-        "+ fused optimizer": ways.ours(**plain),
-        "+ batches cut to their longest": ways.ours(padded_loss),
-        "+ padding in between left out": ways.ours(),
+def from_article_to_ours(
+    steps: TrainingSteps, dtype: torch.dtype | None
+) -> dict[str, TrainingStep]:
+    """One change after the other."""
+    ways = {
+        "the article's way": steps.article(),
+        "+ batches fetched whole": steps.article(item_by_item=False),
+        "+ our model": steps.ours(padded=True, fused=False),
+        "+ fused optimizer": steps.ours(padded=True),
+        "+ batches of about the same length, cut to their longest": steps.ours(),
     }
     if dtype is not None:
-        steps["+ bfloat16"] = ways.ours(dtype=dtype)
-    return steps
+        ways["+ bfloat16"] = steps.ours(dtype=dtype)
+    return ways
 
 
-def against_torch(ways: Ways, dtype: torch.dtype | None) -> dict[str, Callable[[], None]]:
-    """Same trimmed batches, same precision. nn.Transformer drops attention weights and inside the feed-forward too."""
+def against_torch(steps: TrainingSteps, dtype: torch.dtype | None) -> dict[str, TrainingStep]:
+    """The same batches, the same precision.
+
+    nn.Transformer also drops attention weights and inside the feed-forward network: hence the pair
+    without dropout.
+    """
     return {
-        "nn.Transformer, its own dropout": ways.nn_transformer(0.1, dtype),
-        "ours, every position computed": ways.ours(padded_loss, dtype=dtype),
-        "ours": ways.ours(dtype=dtype),
-        "nn.Transformer, dropout 0": ways.nn_transformer(0.0, dtype),
-        "ours, every position computed, dropout 0": ways.ours(padded_loss, dropout=0.0, dtype=dtype),
-        "ours, dropout 0": ways.ours(dropout=0.0, dtype=dtype),
+        "nn.Transformer": steps.nn_transformer(0.1, dtype),
+        "ours": steps.ours(dtype=dtype),
+        "nn.Transformer, dropout 0": steps.nn_transformer(0.0, dtype),
+        "ours, dropout 0": steps.ours(0.0, dtype=dtype),
     }
 
 
 def against_lightning(options: Arguments) -> dict[str, Timing]:
-    """Whole programs: train.py and its twin, all but W&B. The median update of each run counts."""
-    from benchmarks.programs import run_lightning, run_train, update_seconds
+    """Whole programs, without W&B. The mean update of each run counts."""
+    from benchmarks.lib.programs import run_lightning, run_train, update_seconds
 
     flags = {"dim": options.dim, "num-heads": options.num_heads, "num-layers": options.num_layers}
-    flags |= {"batch-size": options.batch_size, "amp": options.amp}
+    flags |= {"batch-size": options.batch_size, "amp": options.amp, "accelerator": "cpu"}
     flags = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    updates = 2 if options.quick else 10
+    updates = 3 if options.quick else 12
 
-    def median_update(program: Callable) -> float:
-        return Timing(update_seconds(program, flags, updates)).median
+    def mean_update(program: Callable) -> float:
+        return sum(update_seconds(program, flags, updates)) / updates
 
-    programs = {"Lightning twin": lambda: median_update(run_lightning), "train.py": lambda: median_update(run_train)}
+    programs = {
+        "the Lightning twin": lambda: mean_update(run_lightning),
+        "train.py": lambda: mean_update(run_train),
+    }
     return interleave(programs, max(1, options.rounds // 3), "against Lightning")
-
-
-def rows_of(timings: dict[str, Timing], batch_size: int, ratio: str, base: Callable[[str], str]) -> list[dict]:
-    """base: whose samples a second a way's are divided by."""
-    return [
-        {"way": name, "samples/s": batch_size / timing.median, "ms a step (middle half)": timing.show(),
-         ratio: f"{timings[base(name)].median / timing.median:.2f}"}
-        for name, timing in timings.items()
-    ]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
     if options.quick:
-        options.dim, options.num_heads, options.num_layers, options.batch_size, options.rounds = 16, 1, 1, 8, 2
+        options.dim, options.num_heads, options.num_layers = 16, 1, 1
+        options.batch_size, options.rounds = 8, 2
+    if options.threads is None:
+        choose_threads(options.dim, options.batch_size)  # as train.py does
     options.set_threads()
     keep_freed_memory()
     torch.manual_seed(0)
-    dtype, reason = choose_precision(options.amp, torch.device("cpu"), options.dim)
-    size = (
-        f"dim {options.dim}, {options.num_heads} heads, batch {options.batch_size}, {torch.get_num_threads()} threads"
-    )
-    peak = peak_flops(dtype or torch.float32, 256 if options.quick else 1536)
-    ways = Ways(options.dim, options.num_heads, options.num_layers, options.batch_size)
+    precision, reason = choose_precision(options.amp, torch.device("cpu"), options.dim)
+    dtype = AUTOCAST_TYPES[precision]
+    steps = TrainingSteps(options.dim, options.num_heads, options.num_layers, options.batch_size)
+    heads = "1 head" if options.num_heads == 1 else f"{options.num_heads} heads"
+    size = f"dim {options.dim}, {heads}, batch {options.batch_size}"
+    size += f", {threads()}, {str(dtype or torch.float32).removeprefix('torch.')} ({reason})"
 
-    falls = interleave(waterfall(ways, dtype), options.rounds, "from the article's way to ours")
-    rows = rows_of(falls, options.batch_size, "x the article's", lambda _: "the article's way")
-    print_table(f"{size}; precision {dtype or torch.float32}: {reason}", rows)
-    last = list(falls.values())[-1]
-    useful = ways.useful_flops()
-    used = useful / last.median / peak
-    print(
-        f"\n{number(useful / 1e9)} useful GFLOP a step, {used:.0%} of what one large matrix product would reach in that"
-    )
-    print(f"time, {number(peak / 1e9)} GFLOP/s")
-
-    theirs = interleave(against_torch(ways, dtype), options.rounds, "against nn.Transformer")
-
-    def reference(name: str) -> str:
-        return "nn.Transformer, dropout 0" if name.endswith("dropout 0") else "nn.Transformer, its own dropout"
-
-    rows = rows_of(theirs, options.batch_size, "x nn.Transformer's", reference)
-    print_table(f"{size}, against nn.Transformer on the same trimmed batches", rows)
-    result = {"size": size, "useful FLOP": useful, "peak FLOP/s": peak, "used": used}
-    groups = {"waterfall": falls, "nn.Transformer": theirs}
+    ways = from_article_to_ours(steps, dtype)
+    groups = {"from the article's way to ours": interleave(ways, options.rounds, "article")}
+    ways = against_torch(steps, dtype)
+    groups["against nn.Transformer"] = interleave(ways, options.rounds, "nn.Transformer")
     if options.lightning:
-        groups["lightning"] = against_lightning(options)
-        rows = rows_of(groups["lightning"], options.batch_size, "x the twin's", lambda _: "Lightning twin")
-        print_table(f"{size}, whole programs", rows)
-    seconds = {name: {way: timing.seconds for way, timing in group.items()} for name, group in groups.items()}
-    name = "throughput" if options.dim == 512 else f"throughput-dim{options.dim}"
-    save_json(options, name, result | {"seconds": seconds})
-    draw(options, name, falls, size)
+        groups["against Lightning"] = against_lightning(options)
+
+    for title, timings in groups.items():
+        print_table(f"{title}: {size}", rows_of(timings, options.batch_size))
+    seconds = {
+        title: {way: timing.seconds for way, timing in timings.items()}
+        for title, timings in groups.items()
+    }
+    name = f"throughput-dim{options.dim}"
+    save_json(options, name, {"size": size, "seconds": seconds})
+    draw(options, name, groups["from the article's way to ours"])
 
 
-def draw(options: Arguments, name: str, falls: dict[str, Timing], size: str) -> None:
+def rows_of(timings: dict[str, Timing], batch_size: int) -> list[dict]:
+    """The baseline is the first way; for those without dropout, the first without."""
+    names = list(timings)
+
+    def base(name: str) -> str:
+        return next(other for other in names if ("dropout 0" in other) == ("dropout 0" in name))
+
+    return [
+        {
+            "way": name,
+            "samples/s": batch_size / timing.median,
+            "ms a step (middle half)": timing.show(),
+            "x the baseline": f"{ratio(timings[base(name)], timing).median:.2f}",
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def draw(options: Arguments, name: str, timings: dict[str, Timing]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots()
-    speeds = [options.batch_size / timing.median for timing in falls.values()]
-    bars = axes.barh(list(falls), speeds, color=["#888", *["#8bc"] * (len(speeds) - 2), "#2a7"])
-    axes.bar_label(bars, [f"{number(speed)}  ({speed / speeds[0]:.2f} x)" for speed in speeds], padding=3)
+    speeds = [options.batch_size / timing.median for timing in timings.values()]
+    bars = axes.barh(list(timings), speeds, color=["#888", *["#8bc"] * (len(speeds) - 2), "#2a7"])
+    first = next(iter(timings.values()))
+    ratios = [ratio(first, timing).median for timing in timings.values()]
+    labels = [f"{number(speed)}  ({x:.2f} x)" for speed, x in zip(speeds, ratios, strict=True)]
+    axes.bar_label(bars, labels, padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.3)
     axes.set_xlabel("training samples a second")
-    axes.set_title(f"From the article's way to ours: {size}", fontsize=10)
+    axes.set_title(
+        f"From the article's way to ours: dim {options.dim}, batch {options.batch_size}",
+        fontsize=10,
+    )
     save_picture(options, name, figure)
 
 

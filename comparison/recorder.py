@@ -9,14 +9,15 @@ from torch import Tensor
 
 from transformer_scratch.processes import Processes
 
+EPOCH_METRICS = ("train/loss_epoch", "val/loss_epoch", "val/exact_match")
+
 
 class Recorder(pl.Callback):
-    """Keeps each update's numbers on the device and writes them at the end of the epoch, as train.py would."""
+    """Keeps the numbers of every update on the device, and writes them at the end of the epoch."""
 
     def __init__(self, folder: Path, processes: Processes):
         self.folder, self.processes = folder, processes
         self.step, self.update_loss = 0, 0.0
-        self.scale = 1.0
         self.waiting: list[dict] = []
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
@@ -26,10 +27,9 @@ class Recorder(pl.Callback):
                 file.write(json.dumps(row) + "\n")
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer
+        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.scale = scaler.get_scale() if scaler else 1.0
+        self.scale = loss_scale(trainer)
         self.lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
@@ -40,22 +40,17 @@ class Recorder(pl.Callback):
         if trainer.global_step == self.step:
             return  # gradients are still being added up
         self.step = trainer.global_step
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        row = {
-            "step": self.step,
-            "epoch": trainer.current_epoch,
-            "train/loss_step": self.update_loss,
-            "lr": self.lr,
-        }
+        row = {"step": self.step, "epoch": trainer.current_epoch}
+        row |= {"train/loss_step": self.update_loss, "lr": self.lr}
         row["grad_norm"] = getattr(module, "grad_norm", None)
-        if scaler and scaler.get_scale() < self.scale:
+        if loss_scale(trainer) < self.scale:
             row |= {"grad_norm": None, "skipped": True}
         self.waiting.append(row)
         self.update_loss = 0.0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Lightning's own sums over the processes first: on the main process its progress bar has
-        # already asked for them.
+        # Reading these makes Lightning sum over the processes. On the main process its progress bar
+        # has asked already, so they must come before the sum below: the order is the same for all.
         metrics = {name: trainer.callback_metrics[name].item() for name in EPOCH_METRICS}
         losses = torch.stack([row["train/loss_step"] for row in self.waiting])
         losses = self.processes.sum(losses).tolist()
@@ -79,4 +74,6 @@ class Recorder(pl.Callback):
             torch.save(state, self.folder / "final.pt")
 
 
-EPOCH_METRICS = ("train/loss_epoch", "val/loss_epoch", "val/exact_match")
+def loss_scale(trainer: pl.Trainer) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler.get_scale() if scaler else 1.0

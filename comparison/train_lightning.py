@@ -63,9 +63,9 @@ class LitTransformer(pl.LightningModule):
         target = batch.target.flatten()
         return F.cross_entropy(logits.flatten(0, 1), target, ignore_index=self.task.pad_id)
 
-    # Lightning calls the three steps under autocast, with a batch that is on the device already. It
-    # divides the loss by accumulate_grad_batches, scales it, runs backward, unscales and clips; then
-    # come optimizer, scaler and schedule. train.py has a line for each.
+    # Lightning calls the three steps under autocast, with a batch that is on the device already.
+    # It divides the loss by accumulate_grad_batches, scales it, runs backward, unscales and clips;
+    # then come optimizer, scaler and schedule. train.py has a line for each.
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         loss = self.token_loss(batch)
         self.log_loss("train", loss, batch, prog_bar=True)
@@ -111,7 +111,7 @@ def main(
     hooks: Sequence[type] = HOOKS,
     callbacks: Sequence[pl.Callback] | None = None,
 ) -> Path:
-    """Train and test. -> the folder of the run. hooks, callbacks: what tests leave out or put in."""
+    """Train and test. -> the run's folder. hooks, callbacks: what tests leave out or put in."""
     processes = start_processes()
     config, _, checkpoint = load_config(arguments, processes)
     if checkpoint:

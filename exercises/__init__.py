@@ -1,1 +1,1 @@
-"""Fill-in exercises. Write the function, run its check, read what it says; see exercises/README.md."""
+"""Fill-in exercises: write the function, run its check, read what it says. See README.md."""

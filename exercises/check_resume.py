@@ -1,30 +1,35 @@
 """Is exercises/resume.py right?"""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from exercises.resume import go_on_from, state_to_save
+from exercises.resume import resume_from, state_to_save
 from train import token_loss
-from transformer_scratch.data import BatchSampler, PairDataset, Task
+from transformer_scratch.batches import Batch, BatchSampler, PairDataset
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
+from transformer_scratch.task import Task
 
 TASK = Task()
-DATA = PairDataset(TASK, TASK.all_pairs(), torch.arange(96))
-BATCHES = [DATA[item] for item in BatchSampler(DATA, batch_size=16)]
+DATA = PairDataset(TASK, TASK.all_pairs()[:96])
+BATCHES = [DATA[indices] for indices in BatchSampler(DATA, batch_size=16)]
 
 
-def fresh():
+def fresh() -> tuple:
     """Model, optimizer and schedule as a program makes them when it starts."""
     torch.manual_seed(0)
     model = Transformer(TASK.vocab_size, dim=16, num_layers=1, pad_id=TASK.pad_id).train()
-    optimizer = make_optimizer(model, lr=0.01, weight_decay=0.1, fused=True)
+    optimizer = make_optimizer(model, lr=0.01, weight_decay=0.1)
     return model, optimizer, make_schedule(optimizer, warmup_steps=5)
 
 
-def train(model, optimizer, scheduler, batches) -> list[float]:
+def train(model, optimizer, scheduler, batches: list[Batch]) -> list[float]:
     losses = []
     for batch in batches:
-        loss = token_loss(model, batch)
+        loss = token_loss(model, batch, TASK.pad_id)
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -33,50 +38,57 @@ def train(model, optimizer, scheduler, batches) -> list[float]:
     return losses
 
 
-def stopped_and_resumed(tmp_path):
-    """-> (before, after, step): the objects as they were saved after three updates, and as they are resumed."""
-    before = fresh()
-    train(*before, BATCHES[:3])
-    torch.save(state_to_save(*before, 3), tmp_path / "last.pt")
+@pytest.fixture
+def resumed(tmp_path: Path) -> SimpleNamespace:
+    """What was saved after three updates, and what came out of it in newly made objects."""
+    saved = fresh()
+    train(*saved, BATCHES[:3])
+    torch.save(state_to_save(*saved, 3), tmp_path / "last.pt")
     random_numbers = torch.get_rng_state()
-    after = fresh()
-    step = go_on_from(torch.load(tmp_path / "last.pt", weights_only=True), *after)
-    return before, after, step, random_numbers
+    loaded = fresh()
+    step = resume_from(torch.load(tmp_path / "last.pt", weights_only=True), *loaded)
+    return SimpleNamespace(saved=saved, loaded=loaded, step=step, random_numbers=random_numbers)
 
 
-def test_step(tmp_path):
-    *_, step, _ = stopped_and_resumed(tmp_path)
-    assert step == 3, f"three updates were done before; go_on_from says {step}, so batches would be seen twice or never"
-
-
-def test_weights(tmp_path):
-    (before, *_), (after, *_), *_ = stopped_and_resumed(tmp_path)
-    same = all(a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
-    assert same, "the weights are not those that were saved: model.state_dict(), model.load_state_dict()"
-
-
-def test_optimizer(tmp_path):
-    (_, before, _), (_, after, _), *_ = stopped_and_resumed(tmp_path)
-    averages = [{key: value["exp_avg"] for key, value in o.state_dict()["state"].items()} for o in (before, after)]
-    same = averages[0].keys() == averages[1].keys() and all(averages[0][k].equal(averages[1][k]) for k in averages[0])
-    assert same, "AdamW has forgotten its averages: optimizer.state_dict(), optimizer.load_state_dict()"
-
-
-def test_schedule(tmp_path):
-    (*_, before), (*_, after), *_ = stopped_and_resumed(tmp_path)
-    assert before.last_epoch == after.last_epoch, (
-        f"the schedule starts again at {after.last_epoch} instead of {before.last_epoch}: save its state_dict() too"
+def test_step(resumed):
+    assert resumed.step == 3, (
+        f"three updates were done before, but resume_from says {resumed.step}: "
+        "some batches would be seen twice or never"
     )
 
 
-def test_random_numbers(tmp_path):
-    *_, random_numbers = stopped_and_resumed(tmp_path)
-    same = torch.get_rng_state().equal(random_numbers)
-    assert same, "dropout would draw other numbers than the run that was not stopped: rng_state(), set_rng_state()"
+def test_weights(resumed):
+    before, after = resumed.saved[0].parameters(), resumed.loaded[0].parameters()
+    assert all(a.equal(b) for a, b in zip(before, after, strict=True)), (
+        "the weights are not those that were saved: model.state_dict(), model.load_state_dict()"
+    )
 
 
-def test_the_run_goes_on_as_if_it_had_never_stopped(tmp_path):
-    expected = train(*fresh(), BATCHES)
-    _, after, step, _ = stopped_and_resumed(tmp_path)
-    losses = train(*after, BATCHES[step:])
-    assert losses == expected[3:], f"the losses after the break should be {expected[3:]}, yours: {losses}"
+def test_optimizer(resumed):
+    before, after = (
+        {number: state["exp_avg"] for number, state in optimizer.state_dict()["state"].items()}
+        for _, optimizer, _ in (resumed.saved, resumed.loaded)
+    )
+    assert before.keys() == after.keys() and all(before[n].equal(after[n]) for n in before), (
+        "AdamW has forgotten its averages: optimizer.state_dict(), optimizer.load_state_dict()"
+    )
+
+
+def test_schedule(resumed):
+    before, after = resumed.saved[2].last_epoch, resumed.loaded[2].last_epoch
+    assert before == after, (
+        f"the schedule starts again at {after} instead of {before}: save its state_dict() too"
+    )
+
+
+def test_random_numbers(resumed):
+    assert torch.get_rng_state().equal(resumed.random_numbers), (
+        "dropout would draw other numbers than in a run without a break: "
+        "RandomState().state_dict(), RandomState().load_state_dict()"
+    )
+
+
+def test_the_run_continues_as_if_it_had_never_stopped(resumed):
+    losses = train(*resumed.loaded, BATCHES[resumed.step :])
+    expected = train(*fresh(), BATCHES)[3:]
+    assert losses == expected, f"the losses after the break should be {expected}, yours: {losses}"

@@ -1,15 +1,24 @@
 """Exercise 5: the training loop. What `trainer.fit` does in an epoch, in your own lines.
 
+token_loss(model, batch, pad_id) is the mean loss over the tokens of a batch. A mean gives each
+token more weight the fewer there are in its batch. So that every token counts the same, the loss
+that goes backward is
+
+    loss * (batch.num_tokens / batch.mean_update_tokens)
+
+where mean_update_tokens is the number of tokens in an update, on average over the epoch. The loss
+to report is the plain mean.
+
 Check it with: python -m pytest exercises/check_loop.py
 """
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn  # noqa: F401 - for you
+from torch import nn
 
-from train import token_loss  # noqa: F401 - token_loss(model, batch) is the loss of a batch, on its own graph
-from transformer_scratch.data import Batch
+from train import token_loss  # noqa: F401 - for you
+from transformer_scratch.batches import Batch
 
 
 def train_epoch(
@@ -18,9 +27,13 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     clip_norm: float,
+    pad_id: int,
 ) -> list[float]:
-    """Train on each batch once: one update and one move of the schedule for each. -> the loss of each batch.
+    """Train on each batch once. -> the loss of each batch, as token_loss gives it.
 
-    Dropout must be on, the gradient's norm is clipped to clip_norm, and no gradient is left for the next batch.
+    For each batch there is one update and one step of the schedule. Dropout must be on, the norm of
+    the gradient is clipped to clip_norm, and no gradient is left for the next batch.
     """
-    raise NotImplementedError("train_epoch is yours to write: mode, loss, backward, clip, step, schedule, zero_grad")
+    raise NotImplementedError(
+        "train_epoch is yours to write: mode, loss, backward, clip, step, schedule, zero_grad"
+    )

@@ -1,4 +1,6 @@
-"""Exercise 2: who may look at whom. A mask is boolean, True at (i, j) means: query i may attend to key j.
+"""Exercise 2: who may attend to whom.
+
+A mask is boolean, True at (i, j) means: query i may attend to key j.
 
 Shapes: B batch, T query positions, S key positions.
 Check it with: python -m pytest exercises/check_masks.py
@@ -8,10 +10,15 @@ from torch import Tensor
 
 
 def padding_mask(ids: Tensor, pad_id: int) -> Tensor:
-    """Nobody looks at padding. ids: (B, S) -> (B, 1, 1, S), which broadcasts over heads and queries."""
-    raise NotImplementedError("padding_mask is yours to write: compare the ids with pad_id, then add two axes")
+    """Nobody attends to padding.
+
+    ids: (B, S) -> (B, 1, 1, S), which broadcasts over heads and queries.
+    """
+    raise NotImplementedError(
+        "padding_mask is yours to write: compare the ids with pad_id, then add two axes"
+    )
 
 
 def causal_mask(length: int) -> Tensor:
-    """Position i looks at itself and at what came before it. -> (T, T)."""
+    """Position i attends to itself and to the positions before it. -> (T, T)."""
     raise NotImplementedError("causal_mask is yours to write: a lower triangle of True")

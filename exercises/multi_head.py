@@ -1,6 +1,7 @@
-"""Exercise 3: multi-head attention, section 3.2.2. Every head attends on its own slice of the width.
+"""Exercise 3: multi-head attention, section 3.2.2. Each head attends on its own slice of the width.
 
-Shapes: B batch, H heads, T query positions, S key positions, D width (dim), K head width (D / H).
+Shapes: B batch, H heads, T query positions, S key positions, D model width (dim),
+K head dim (D / H).
 Check it with: python -m pytest exercises/check_multi_head.py
 """
 
@@ -13,17 +14,24 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim, bias=False)  # W^Q of all heads side by side
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)  # W^K and W^V: first all keys, then all values
+        # Each matrix holds the projections of all heads side by side.
+        self.query = nn.Linear(dim, dim, bias=False)  # W^Q
+        self.key = nn.Linear(dim, dim, bias=False)  # W^K
+        self.value = nn.Linear(dim, dim, bias=False)  # W^V
         self.output = nn.Linear(dim, dim, bias=False)  # W^O
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, H, T, K): head 0 takes the first K numbers of the width, head 1 the next K, ..."""
-        raise NotImplementedError("split_heads is yours to write: cut the width into (H, K), then move H before T")
+        """(B, T, D) -> (B, H, T, K): the first K numbers of the width go to head 0, and so on."""
+        raise NotImplementedError(
+            "split_heads is yours to write: cut the width into (H, K), then move H before T"
+        )
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (B, T, D) asks, memory: (B, S, D) answers -> (B, T, D).
 
-        Project, split the heads, let each attend, put the heads side by side again, and project with W^O.
+        Project, split the heads, let each attend, put the heads side by side again, and project
+        with W^O.
         """
-        raise NotImplementedError("forward is yours to write, with split_heads and scaled_dot_product_attention")
+        raise NotImplementedError(
+            "forward is yours to write, with split_heads and scaled_dot_product_attention"
+        )

@@ -2,7 +2,7 @@
 
 PE(pos, 2i) = sin(pos / 10000^(2i/dim)), PE(pos, 2i+1) = cos(pos / 10000^(2i/dim))
 
-Shapes: B batch, T positions, D width (dim).
+Shapes: B batch, T positions, D model width (dim).
 Check it with: python -m pytest exercises/check_positions.py
 """
 
@@ -15,5 +15,5 @@ def positional_encoding(length: int, dim: int) -> Tensor:
 
 
 def add_positions(x: Tensor) -> Tensor:
-    """Add to every token the encoding of its position in its sequence. x: (B, T, D) -> (B, T, D)."""
+    """Add to every token the encoding of its position in its sequence. x: (B, T, D) -> same."""
     raise NotImplementedError("add_positions is yours to write: one line. Which axis of x is time?")

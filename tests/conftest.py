@@ -1,12 +1,12 @@
 """Shared by all tests: they run on one thread, without W&B, and never leave a file in the project.
 
-Tests that need comparison/requirements.txt (Lightning) stand in test_comparison*.py or carry the marker `comparison`.
-Without Lightning they are left out, which the last line says; with REQUIRE_COMPARISON=1 that is an error.
+Tests that need comparison/requirements.txt (Lightning) are in test_comparison*.py or carry the
+marker `comparison`. Without Lightning they are left out, which the last line says; with
+REQUIRE_COMPARISON=1 that is an error.
 """
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +15,15 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-TINY = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas", "320", "--max-epochs", "2"]
-SIGNAL_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+TINY = ["--dim=16", "--num-layers=1", "--batch-size=32", "--num-datas=320", "--max-epochs=2"]
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
 # What they expect is a CPU's: its precision, its messages.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Exactness needs a fixed number of threads, in subprocesses too: another number adds up sums in another order.
+# Exactness needs a fixed number of threads, in subprocesses too: another number adds up sums in
+# another order.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 sys.path.insert(0, str(PROJECT))
@@ -35,7 +35,8 @@ collect_ignore_glob = ["test_comparison*.py"] if without_comparison else []
 def pytest_configure(config):
     if without_comparison and os.environ.get("REQUIRE_COMPARISON") == "1":
         raise pytest.UsageError(
-            "REQUIRE_COMPARISON=1, but Lightning is not installed: pip install -r comparison/requirements.txt"
+            "REQUIRE_COMPARISON=1, but Lightning is not installed: "
+            "pip install -r comparison/requirements.txt"
         )
 
 
@@ -46,10 +47,17 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
 
 
+def pytest_runtest_logreport(report):
+    """What a machine lacks is deselected by a marker: a skipped test is a test that did not run."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+
+
 def pytest_terminal_summary(terminalreporter):
     if without_comparison:
         terminalreporter.write_line(
-            "the comparison with Lightning was left out: it needs pip install -r comparison/requirements.txt"
+            "the comparison with Lightning was left out: "
+            "it needs pip install -r comparison/requirements.txt"
         )
 
 
@@ -57,14 +65,6 @@ def pytest_terminal_summary(terminalreporter):
 def in_temporary_folder(tmp_path, monkeypatch):
     """Every test starts in an empty folder, so runs/ is its own."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    """train.py inside this process takes over Ctrl-C and SIGTERM; afterwards they are pytest's again."""
-    yield
-    for number, handler in SIGNAL_HANDLERS.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -75,23 +75,31 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def script():
-    """Run a script of the project as its user does, in the current folder. -> the finished process, output as text."""
+    """Run a script of the project as its user does, in the current folder. -> the process."""
 
     def run(
-        name: str, *arguments: object, timeout: float = 120, cwd: Path | None = None, **environment: str
+        name: str,
+        *arguments: object,
+        timeout: float = 120,
+        cwd: Path | None = None,
+        **environment: str,
     ) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, str(PROJECT / name), *map(str, arguments)],
-            capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-            cwd=cwd, env={**os.environ, **environment},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            cwd=cwd,
+            env={**os.environ, **environment},
+        )
 
     return run
 
 
 @pytest.fixture
 def train():
-    """Run train.py inside this process, which is quicker, in the current folder. -> the folder of the new run."""
+    """Run train.py inside this process, which is quicker. -> the folder of the new run."""
     import train as train_script
 
     def run(*arguments: object) -> Path:

@@ -1,12 +1,10 @@
 """Reading what a run wrote."""
 
-import json
 from pathlib import Path
 
+from transformer_scratch.run_folder import read_metrics
 
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+__all__ = ["read_metrics", "step_losses"]
 
 
 def step_losses(run: Path) -> list[float]:

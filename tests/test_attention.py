@@ -7,11 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from transformer_scratch import attention
 from transformer_scratch.attention import (
-    CrossAttention,
     MultiHeadAttention,
-    SelfAttention,
     attention_weights,
     causal_mask,
     padding_mask,
@@ -34,17 +31,30 @@ def make_mask(kind: str) -> torch.Tensor | None:
     return padding_mask(ids, pad_id=13)
 
 
-@pytest.fixture(params=["formula", "fused"])
-def path(request, monkeypatch) -> str:
-    """Both ways to compute attention, whatever the sizes."""
-    monkeypatch.setattr(attention, "is_fused_faster", lambda query, key: request.param == "fused")
+@pytest.fixture(params=["fused", "formula"])
+def kernel(request, monkeypatch) -> str:
+    """The kernel that the model runs, and the formula in its place."""
+    if request.param == "formula":
+
+        def formula(query, key, value, attn_mask=None, is_causal=False):
+            mask = causal_mask(query.size(2)) if is_causal else attn_mask
+            return scaled_dot_product_attention(query, key, value, mask)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", formula)
     return request.param
 
 
 def test_masks_are_true_where_attending_is_allowed():
-    assert causal_mask(3).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert causal_mask(3).tolist() == [
+        [True, False, False],
+        [True, True, False],
+        [True, True, True],
+    ]
     ids = torch.tensor([[5, 13, 13], [5, 6, 7]])
-    assert padding_mask(ids, pad_id=13).tolist() == [[[[True, False, False]]], [[[True, True, True]]]]
+    assert padding_mask(ids, pad_id=13).tolist() == [
+        [[[True, False, False]]],
+        [[[True, True, True]]],
+    ]
 
 
 def test_the_formula_by_hand():
@@ -62,7 +72,10 @@ def test_the_formula_equals_the_fused_kernel(kind):
     ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     mask = make_mask(kind)
-    got, expected = scaled_dot_product_attention(*ours, mask), F.scaled_dot_product_attention(*theirs, attn_mask=mask)
+    got, expected = (
+        scaled_dot_product_attention(*ours, mask),
+        F.scaled_dot_product_attention(*theirs, attn_mask=mask),
+    )
     torch.testing.assert_close(got, expected)
     got.square().sum().backward()
     expected.square().sum().backward()
@@ -72,20 +85,27 @@ def test_the_formula_equals_the_fused_kernel(kind):
 
 def test_weights_are_a_distribution_over_the_allowed_keys():
     torch.manual_seed(0)
-    weights = attention_weights(torch.randn(B, H, T, K), torch.randn(B, H, S, K), make_mask("padding"))
+    weights = attention_weights(
+        torch.randn(B, H, T, K), torch.randn(B, H, S, K), make_mask("padding")
+    )
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(B, H, T))
-    assert (weights[1, :, :, 4:] == 0).all() and (weights[2, :, :, 1:] == 0).all() and (weights >= 0).all()
+    assert (
+        (weights[1, :, :, 4:] == 0).all()
+        and (weights[2, :, :, 1:] == 0).all()
+        and (weights >= 0).all()
+    )
 
 
 def input_weights(ours: MultiHeadAttention) -> list[nn.Parameter]:
     """W^Q, W^K and W^V, one above the other."""
-    own = isinstance(ours, SelfAttention)
-    return [ours.query_key_value.weight] if own else [ours.query.weight, ours.key_value.weight]
+    return [ours.query.weight, ours.key.weight, ours.value.weight]
 
 
 def copy_of(ours: MultiHeadAttention) -> nn.MultiheadAttention:
     """nn.MultiheadAttention with our weights."""
-    theirs = nn.MultiheadAttention(ours.output.in_features, ours.num_heads, bias=False, batch_first=True).double()
+    theirs = nn.MultiheadAttention(
+        ours.output.in_features, ours.num_heads, bias=False, batch_first=True
+    ).double()
     with torch.no_grad():
         theirs.in_proj_weight.copy_(torch.cat(input_weights(ours)))
         theirs.out_proj.weight.copy_(ours.output.weight)
@@ -94,17 +114,16 @@ def copy_of(ours: MultiHeadAttention) -> nn.MultiheadAttention:
 
 @pytest.mark.parametrize("kind", ["none", "causal", "padding"])
 @pytest.mark.parametrize("num_heads", [1, H])
-@pytest.mark.parametrize("layer", [SelfAttention, CrossAttention])
-def test_equals_multihead_attention_of_pytorch(path, kind, num_heads, layer):
+@pytest.mark.parametrize("num_inputs", [1, 2], ids=["self", "cross"])
+def test_equals_multihead_attention_of_pytorch(kernel, kind, num_heads, num_inputs):
     torch.manual_seed(0)
-    ours = layer(DIM, num_heads).double()
+    ours = MultiHeadAttention(DIM, num_heads).double()
     theirs = copy_of(ours)
-    num_inputs = 1 if layer is SelfAttention else 2
     inputs = [torch.randn(B, S, DIM).double().requires_grad_() for _ in range(num_inputs)]
     copies = [tensor.detach().clone().requires_grad_() for tensor in inputs]
 
     mask = make_mask(kind)
-    got = ours(*inputs, mask)
+    got = ours(inputs[0], inputs[-1], mask)
     # PyTorch's convention is the opposite: True means that the key is hidden.
     hidden = {"none": {}, "causal": {"attn_mask": ~causal_mask(S)}}.get(kind)
     if kind == "padding":
@@ -121,17 +140,17 @@ def test_equals_multihead_attention_of_pytorch(path, kind, num_heads, layer):
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_causal_stands_for_the_causal_mask(path):
+def test_causal_stands_for_the_causal_mask(kernel):
     torch.manual_seed(0)
-    layer, x = SelfAttention(DIM, H), torch.randn(B, T, DIM)
-    torch.testing.assert_close(layer(x, causal=True), layer(x, causal_mask(T)))
-    assert not torch.allclose(layer(x, causal=True), layer(x))
+    layer, x = MultiHeadAttention(DIM, H), torch.randn(B, T, DIM)
+    torch.testing.assert_close(layer(x, x, causal=True), layer(x, x, causal_mask(T)))
+    assert not torch.allclose(layer(x, x, causal=True), layer(x, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_without_any_key_stays_finite(path, dtype):
+def test_a_row_without_any_key_stays_finite(kernel, dtype):
     torch.manual_seed(0)
-    layer = CrossAttention(DIM, H).to(dtype)
+    layer = MultiHeadAttention(DIM, H).to(dtype)
     x = torch.randn(B, T, DIM, dtype=dtype, requires_grad=True)
     memory = torch.randn(B, S, DIM, dtype=dtype, requires_grad=True)
     mask = padding_mask(torch.full((B, S), 13), pad_id=13)
@@ -145,9 +164,9 @@ def test_a_row_without_any_key_stays_finite(path, dtype):
     assert memory.grad[0].any() and not memory.grad[1:].any()
 
 
-def test_hidden_keys_change_nothing(path):
+def test_hidden_keys_change_nothing(kernel):
     torch.manual_seed(0)
-    layer, x, memory = CrossAttention(DIM, H), torch.randn(B, T, DIM), torch.randn(B, S, DIM)
+    layer, x, memory = MultiHeadAttention(DIM, H), torch.randn(B, T, DIM), torch.randn(B, S, DIM)
     mask = make_mask("padding")
     changed = memory.clone()
     changed[1, 4:] = 1e3
@@ -155,21 +174,6 @@ def test_hidden_keys_change_nothing(path):
     assert not torch.allclose(layer(x, memory), layer(x, changed))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "length", "fused"),
-    [(torch.float32, 16, True), (torch.bfloat16, 16, False), (torch.bfloat16, 600, True)],
-)
-def test_the_fused_kernel_runs_where_it_is_faster(monkeypatch, dtype, length, fused):
-    layer = SelfAttention(DIM, H).to(dtype)
-    kernel = F.scaled_dot_product_attention
-    used = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: used.append(1) or kernel(*a, **k))
-    x = torch.randn(2, length, DIM, dtype=dtype)
-    layer(x)
-    assert bool(used) == fused
-
-
-@pytest.mark.parametrize("layer", [SelfAttention, CrossAttention])
-def test_heads_must_divide_dim(layer):
+def test_heads_must_divide_dim():
     with pytest.raises(ValueError, match=r"dim 10 .* num_heads 3"):
-        layer(10, 3)
+        MultiHeadAttention(10, 3)

@@ -1,4 +1,4 @@
-"""Bad input: exit code 2, the reason and the remedy on stderr, no traceback, and no folder left behind."""
+"""Bad input: exit code 2, reason and remedy on stderr, no traceback, no folder left behind."""
 
 import shlex
 from pathlib import Path
@@ -10,16 +10,23 @@ from conftest import PROJECT, TINY
 import evaluate as evaluate_script
 import train as train_script
 from transformer_scratch.checkpoint import load_checkpoint, save_checkpoint
-from transformer_scratch.errors import exit_codes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run of two epochs, which no test changes."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train_script.main([*TINY, "--wandb", "disabled", "--run-dir", str(run)])
+    return run
 
 
 @pytest.fixture
 def refused(capsys):
-    """Give flags that cannot work to train.py or evaluate.py; -> what stands on stderr."""
+    """Give flags that cannot work to train.py or evaluate.py; -> what it says on stderr."""
 
     def run(*flags: object, main=train_script.main) -> str:
         before = sorted(Path().rglob("*"))
-        with pytest.raises(SystemExit) as end, exit_codes():
+        with pytest.raises(SystemExit) as end:
             main([str(flag) for flag in flags])
         captured = capsys.readouterr()
         assert end.value.code == 2
@@ -30,17 +37,28 @@ def refused(capsys):
     return run
 
 
-# --------------------------------------------------------------------------------------------------- values of train.py
+# ------------------------------------------------------------------------------ values of train.py
 
 
 @pytest.mark.parametrize("value", ["0", "-3"])
 @pytest.mark.parametrize(
     "flag",
     [
-        "--max-epochs", "--num-datas", "--batch-size", "--num-heads", "--dim", "--num-layers", "--ffn-dim",
-        "--accumulate", "--log-every", "--save-top-k", "--num-categories", "--seq-len", "--devices",
+        "--accumulate",
+        "--batch-size",
+        "--devices",
+        "--dim",
+        "--ffn-dim",
+        "--log-every",
+        "--max-epochs",
+        "--num-categories",
+        "--num-datas",
+        "--num-heads",
+        "--num-layers",
+        "--save-top-k",
+        "--seq-len",
     ],
-)  # fmt: skip
+)
 def test_sizes_start_at_one(refused, flag, value):
     assert f"{flag} {value} must be 1 or more" in refused(flag, value)
 
@@ -76,14 +94,14 @@ def test_values_outside_their_range(refused, flag, value, rule):
 @pytest.mark.parametrize(
     "flags, reason, remedy",
     [
-        ("--dim 30 --num-heads 4", "--dim 30 is not divisible by --num-heads 4", "1, 2, 3, 5, 6, 10, 15, 30"),
+        ("--dim 30 --num-heads 4", "not divisible by --num-heads 4", "1, 2, 3, 5, 6, 10, 15, 30"),
         ("--seq-len 11", "too short for 10 digits", "--seq-len 12 or more"),
         ("--num-categories 30 --seq-len 16", "too short for 30 digits", "--seq-len 32 or more"),
         ("--holdout 0.001", "validation and test need one each", "--holdout 0.02 or more"),
-        ("--holdout 0.95", "would then lack", "or less, or 0 to share all pairs"),
+        ("--holdout 0.95", "would lack", "or less, or 0 to share all pairs"),
         ("--num-categories 1", "validation and test need one each", "0 to share all pairs"),
-        ("--num-categories 3", "would then lack", "give 0"),
-        ("--batch-size 256 --num-datas 100", "256 is larger than --num-datas 100", "smaller --batch-size or more"),
+        ("--num-categories 3", "would lack", "give 0"),
+        ("--batch-size 256 --num-datas 100", "larger than --num-datas 100", "smaller --batch-size"),
     ],
 )
 def test_values_that_do_not_fit_together(refused, flags, reason, remedy):
@@ -121,40 +139,48 @@ def test_an_accelerator_that_is_not_there(refused, accelerator, monkeypatch):
 def test_several_devices_without_torchrun_print_the_command_to_type(script):
     flags = ["--devices", "2", "--dim", "64", "--wandb-project", "my project"]
     process = script("train.py", *flags)
-    assert process.returncode == 2 and "Traceback" not in process.stderr and not Path("runs").exists()
+    assert (
+        process.returncode == 2 and "Traceback" not in process.stderr and not Path("runs").exists()
+    )
     command = shlex.split("torchrun" + process.stderr.split("torchrun")[-1])
-    assert command == ["torchrun", "--standalone", "--nproc-per-node", "2", str(PROJECT / "train.py"), *flags]
+    starter = ["torchrun", "--standalone", "--nproc-per-node", "2"]
+    assert command == [*starter, str(PROJECT / "train.py"), *flags]
 
 
-# ------------------------------------------------------------------------------------------------------------ folders
+# --------------------------------------------------------------------------------------- folders
 
 
 def test_a_run_folder_that_cannot_be_written(refused):
-    Path("file").write_text("not a folder")
+    Path("file").touch()
     assert "run folder cannot be" in refused(*TINY, "--run-dir", "file/run")
     assert "give another --run-dir" in refused(*TINY, "--run-dir", "/proc/run")
     assert "--run-dir file is not an empty folder" in refused(*TINY, "--run-dir", "file")
 
 
 def test_a_runs_folder_that_is_a_file(refused):
-    Path("runs").write_text("not a folder")
+    Path("runs").touch()
     assert "run folder cannot be" in refused(*TINY)
 
 
-def test_a_run_folder_that_holds_a_run_is_refused(refused, train):
-    train(*TINY, "--run-dir", "mine")
-    files = {file: file.stat().st_mtime_ns for file in Path("mine").iterdir()}
-    message = refused(*TINY, "--run-dir", "mine")
-    assert "--run-dir mine" in message and "--resume mine" in message
-    assert {file: file.stat().st_mtime_ns for file in Path("mine").iterdir()} == files
+def test_a_run_folder_that_holds_something_else(refused):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").touch()
+    assert "--run-dir mine is not an empty folder" in refused(*TINY, "--run-dir", "mine")
 
 
-# ------------------------------------------------------------------------------- checkpoints that are not there or ours
+def test_a_run_folder_that_holds_a_run(refused, finished):
+    files = {file: file.stat().st_mtime_ns for file in finished.iterdir()}
+    message = refused(*TINY, "--run-dir", finished)
+    assert f"--run-dir {finished}" in message and f"--resume {finished}" in message
+    assert {file: file.stat().st_mtime_ns for file in finished.iterdir()} == files
+
+
+# --------------------------------------------------------- checkpoints that are not there or ours
 
 
 @pytest.fixture
 def strangers() -> list[Path]:
-    """Folders that are no runs: missing, empty, and with files of others under our names."""
+    """Folders that are not runs: missing, empty, and with foreign files under our names."""
     strange = [Path(name) for name in ("missing", "empty", "nothing", "text", "theirs", "list")]
     for folder in strange[1:]:
         folder.mkdir()
@@ -172,7 +198,7 @@ def test_resume_from_what_is_no_run(refused, strangers):
     for folder in strangers:
         message = refused("--resume", folder)
         assert str(folder) in message
-    assert "there is no such folder" in refused("--resume", "missing")
+    assert "no such folder" in refused("--resume", "missing")
     assert "there is no last.pt in it" in refused("--resume", "empty")
     assert "is a file; give the folder it lies in" in refused("--resume", "text/last.pt")
     assert "there is no last.pt in it" in refused("--resume", "")
@@ -187,11 +213,11 @@ def test_resume_from_weights_alone(refused):
 def test_evaluate_what_is_no_run(refused, strangers):
     for folder in strangers:
         for checkpoint in ("best", "last"):
-            message = refused("--run", folder, "--checkpoint", checkpoint, main=evaluate_script.main)
-            assert str(folder) in message
-    for file in ["missing.pt", "text/best.pt", "nothing/best.pt", "theirs/best.pt", "list/best.pt", "empty"]:
-        message = refused("--checkpoint", file, main=evaluate_script.main)
-        assert file in message
+            flags = ["--run", folder, "--checkpoint", checkpoint]
+            assert str(folder) in refused(*flags, main=evaluate_script.main)
+    files = [f"{folder}/best.pt" for folder in ("text", "nothing", "theirs", "list")]
+    for file in ["missing.pt", "empty", *files]:
+        assert file in refused("--checkpoint", file, main=evaluate_script.main)
 
 
 def test_evaluate_without_any_run(refused):
@@ -200,41 +226,51 @@ def test_evaluate_without_any_run(refused):
 
 @pytest.mark.parametrize(
     "pair, reason",
-    [("8", "pair"), ("8 10", "0 to 9"), ("-1 4", "0 to 9"), ("a b", "pair"), ("1 2 3", "3"), ("1.5 2", "1.5")],
+    [
+        ("8", "--pair takes two digits"),
+        ("8 10", "0 to 9"),
+        ("-1 4", "0 to 9"),
+        ("a b", "pair"),
+        ("1 2 3", "--pair takes two digits"),
+        ("1.5 2", "1.5"),
+    ],
 )
-def test_pairs_that_are_no_pairs(refused, train, pair, reason):
-    train(*TINY, "--max-epochs", 1)
-    assert reason in refused("--pair", *pair.split(), main=evaluate_script.main)
+def test_pairs_that_are_not_pairs(refused, finished, pair, reason):
+    flags = ["--run", finished, "--pair", *pair.split()]
+    assert reason in refused(*flags, main=evaluate_script.main)
 
 
-@pytest.mark.parametrize("flags", ["--dim 32", "--lr 0.5", "--seed 1", "--holdout 0", "--batch-size 8", "--amp bf16"])
-def test_a_resumed_run_keeps_its_settings(refused, train, flags):
-    run = train(*TINY)
-    message = refused("--resume", run, *flags.split())
+@pytest.mark.parametrize(
+    "flags", ["--dim 32", "--lr 0.5", "--seed 1", "--holdout 0", "--batch-size 8", "--amp bf16"]
+)
+def test_a_resumed_run_keeps_its_settings(refused, finished, flags):
+    message = refused("--resume", finished, *flags.split())
     assert all(word in message for word in flags.split() if word.startswith("--"))
     assert "cannot change" in message and "--max-epochs" in message
 
 
-def test_a_run_of_a_gpu_goes_on_only_where_one_is(refused, train):
-    run = train(*TINY)
-    content = load_checkpoint(run / "last.pt")
+def test_a_run_of_a_gpu_is_resumed_only_where_there_is_one(refused, finished):
+    content = load_checkpoint(finished / "last.pt")
     content["config"]["accelerator"] = "gpu"
-    save_checkpoint(run / "last.pt", content)
-    message = refused("--resume", run, "--max-epochs", 3)
-    assert f"{run} was trained so, and goes on only where one is" in message
+    Path("run").mkdir()
+    save_checkpoint(Path("run/last.pt"), content)
+    message = refused("--resume", "run", "--max-epochs", 3)
+    assert "run was trained so" in message and "--accelerator gpu" in message
 
 
-def test_fewer_epochs_than_done(refused, train):
-    run = train(*TINY)
-    assert "has done 2 epochs" in refused("--resume", run, "--max-epochs", 1)
+def test_fewer_epochs_than_done(refused, finished):
+    message = refused("--resume", finished, "--max-epochs", 1)
+    assert "--max-epochs 1, but the run has done 2" in message
 
 
-# ------------------------------------------------------------------------------------- through the real command line
+# ---------------------------------------------------------------- through the real command line
 
 
 def test_the_scripts_exit_with_2(script):
-    """Of train.py this is shown above, where it prints the torchrun command."""
+    """For train.py see above, where it prints the torchrun command."""
     process = script("evaluate.py", "--run", "missing")
     assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr.startswith("error: --run missing") and len(process.stderr.splitlines()) == 1
+    assert (
+        process.stderr.startswith("error: --run missing") and len(process.stderr.splitlines()) == 1
+    )
     assert not list(Path().iterdir())

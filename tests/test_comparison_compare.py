@@ -18,11 +18,24 @@ FORM = r"max \|loss difference\| = (\S+), weights equal = (True|False), steps = 
 
 
 def test_the_command_proves_equality_and_notices_a_difference(monkeypatch, capsys):
-    command = [sys.executable, "-m", "comparison.compare", *TINY, "--run-dir", str(Path("both").absolute())]
+    command = [
+        sys.executable,
+        "-m",
+        "comparison.compare",
+        *TINY,
+        "--run-dir",
+        str(Path("both").absolute()),
+    ]
     finished = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     assert re.fullmatch(FORM, finished.stdout.splitlines()[-1]).groups() == ("0.0", "True", "20")
-    for row in ("milliseconds a step", "peak memory", "lines of code", "in the checkpoint", "optimizer state"):
+    for row in (
+        "milliseconds a step",
+        "peak memory",
+        "lines of code",
+        "in the checkpoint",
+        "optimizer state",
+    ):
         assert row in finished.stdout
     assert Path("both/losses.png").stat().st_size > 1000
 
@@ -42,4 +55,8 @@ def test_the_command_proves_equality_and_notices_a_difference(monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         compare.main([*TINY, "--run-dir", "again"])
     assert stopped.value.code == 1
-    assert re.fullmatch(FORM, capsys.readouterr().out.splitlines()[-1]).groups() == ("0.0", "False", "20")
+    assert re.fullmatch(FORM, capsys.readouterr().out.splitlines()[-1]).groups() == (
+        "0.0",
+        "False",
+        "20",
+    )

@@ -39,7 +39,9 @@ def test_the_readme_has_the_table_as_it_is_printed():
 def test_lightning_has_the_function_that_is_named(step):
     file, name = step.where.split(":")
     package, _, rest = file.partition("/")
-    text = (Path(importlib.util.find_spec(package).submodule_search_locations[0]) / rest).read_text()
+    text = (
+        Path(importlib.util.find_spec(package).submodule_search_locations[0]) / rest
+    ).read_text()
     assert re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE)
 
 
@@ -62,7 +64,9 @@ def test_the_page_is_one_file_and_holds_all(tmp_path):
     assert "max |loss difference| = 0.0, weights equal = True, steps = 300" in html
     assert "10.25" in html and "14.50" in html
     steps = json.loads(re.search(r"const steps = (\{.*\});", html).group(1))
-    assert list(steps) == [step.tag for step in HIDDEN] and all(all(step.values()) for step in steps.values())
+    assert list(steps) == [step.tag for step in HIDDEN] and all(
+        all(step.values()) for step in steps.values()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +113,9 @@ def test_a_click_lights_both_sides_and_explains(shown):
     for button, step in zip(buttons, HIDDEN, strict=True):
         button.click()
         assert lit(shown, "ours") == [step.tag]
-        assert lit(shown, "theirs") and all(step.tag in tags.split("|") for tags in lit(shown, "theirs"))
+        assert lit(shown, "theirs") and all(
+            step.tag in tags.split("|") for tags in lit(shown, "theirs")
+        )
         assert button.get_attribute("aria-pressed") == "true"
         assert step.lightning in shown.find_element("id", "lightning").text
         assert shown.find_element("id", "without").text
@@ -125,7 +131,9 @@ def test_pointing_at_a_line_lights_the_other_side(shown):
     row = shown.find_element("css selector", '#ours [data-tags="zero_grad"]')
     shown.execute_script("arguments[0].scrollIntoView({block: 'center'})", row)
     ActionChains(shown).move_to_element_with_offset(row, -100, 0).perform()
-    assert lit(shown, "ours") == ["zero_grad"] and any("zero_grad" in tags for tags in lit(shown, "theirs"))
+    assert lit(shown, "ours") == ["zero_grad"] and any(
+        "zero_grad" in tags for tags in lit(shown, "theirs")
+    )
 
 
 @pytest.mark.browser
@@ -148,14 +156,17 @@ def test_light_and_dark_and_a_phone(shown):
     backgrounds = []
     for scheme in ("light", "dark"):
         shown.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            "Emulation.setEmulatedMedia",
+            {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
         )
         backgrounds.append(sum(map(int, re.findall(r"\d+", shown.execute_script(BACKGROUND))[:3])))
     assert backgrounds[0] > 650 > 200 > backgrounds[1]
 
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     shown.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    assert shown.execute_script("return document.documentElement.scrollWidth") <= 390  # nothing to scroll sideways
+    assert (
+        shown.execute_script("return document.documentElement.scrollWidth") <= 390
+    )  # nothing to scroll sideways
     tops = [shown.find_element("id", side).rect["y"] for side in ("ours", "theirs")]
     assert tops[1] > tops[0] + 200  # one below the other
     shown.find_element("css selector", ".tags button").click()

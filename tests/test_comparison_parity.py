@@ -1,119 +1,164 @@
-"""train.py and its Lightning twin compute the same numbers, to the last bit; the tests would notice if they did not."""
+"""train.py and its Lightning twin compute the same numbers, to the last bit.
 
-import json
+Faults planted in the twin show that these tests would notice if they did not.
+"""
+
+import contextlib
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
-from conftest import PROJECT
 
 import train
 from comparison import parity_hooks, train_lightning
-from comparison.parity import Parity, compare_runs, read_metrics
+from comparison.parity import Parity, compare_runs, split_metrics
 from comparison.recorder import Recorder
-from transformer_scratch.data import BatchSampler
+from transformer_scratch.batches import BatchSampler
 
 pytestmark = pytest.mark.comparison
 
-SMALL = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas", "192", "--max-epochs", "3"]
-FP16_OVERFLOW = [
-    "--amp", "fp16", "--dim", "64", "--batch-size", "1", "--num-datas", "40", "--lr", "0.02", "--warmup-steps", "60",
-    "--max-epochs", "2",
-]  # fmt: skip
+SMALL = "--dim 16 --num-layers 1 --batch-size 32 --num-datas 192 --max-epochs 2"
+OVERFLOWS = "--amp fp16 --dim 64 --batch-size 1 --num-datas 24 --lr 0.02 --warmup-steps 40"
+OVERSHOOTS = (
+    "--lr 8 --warmup-steps 100 --num-datas 320 --max-epochs 3"  # the last epoch is not the best
+)
 
-OVERSHOOTS = ["--lr", "8", "--warmup-steps", "100", "--num-datas", "320"]  # so that the last epoch is not the best
-
-# Every configuration in which the two have to agree, over three epochs. The batch size divides the data or does not.
-MATRIX = {
-    "float32": [],
-    "bf16": ["--amp", "bf16"],
-    "fp16": ["--amp", "fp16"],
-    "fp16 with skipped updates": FP16_OVERFLOW,
-    "fp16, accumulation, clipping": ["--amp", "fp16", "--accumulate", "2", "--clip-norm", "0.1", "--num-datas", "224"],
-    "bf16, accumulation": ["--amp", "bf16", "--accumulate", "4"],
-    "accumulation of 2": ["--accumulate", "2"],
-    "accumulation of 4": ["--accumulate", "4", "--num-datas", "256"],
-    "clipping": ["--clip-norm", "0.05"],
-    "no clipping": ["--clip-norm", "0"],
-    "accumulation, clipping, a short last window": ["--accumulate", "4", "--clip-norm", "0.1", "--num-datas", "224"],
-    "warm-up": ["--warmup-steps", "15"],
-    "no warm-up, no weight decay": ["--warmup-steps", "0", "--weight-decay", "0"],
-    "much dropout": ["--dropout", "0.5"],
-    "no dropout": ["--dropout", "0"],
-    "embeddings of their own": ["--no-tie-embeddings"],
-    "embeddings of their own, bf16": ["--no-tie-embeddings", "--amp", "bf16"],
-    "workers": ["--num-workers", "2", "--max-epochs", "2"],
-    "nothing held out": ["--holdout", "0", "--max-epochs", "2", "--batch-size", "96"],
-    "30 digits": ["--num-categories", "30", "--num-heads", "2"],
-    "a batch size that does not divide the data": ["--batch-size", "48", "--num-datas", "200"],
-    "another seed, more layers": ["--seed", "7", "--num-layers", "2", "--num-heads", "4"],
-    "the best k of many epochs": ["--max-epochs", "5", "--save-top-k", "2", "--lr", "0.03", "--num-datas", "160"],
+# Configurations in which the two must agree. The batch size divides the data or does not.
+QUICK = {
+    "float32": "",
+    "fp16 with skipped updates": OVERFLOWS,
+    "bf16, accumulation": "--amp bf16 --accumulate 4",
+    "clipping, accumulation, a short last window": "--clip-norm 0.1 --accumulate 4 --num-datas 224",
+    "much dropout, separate embeddings": "--dropout 0.5 --no-tie-embeddings",
+}
+MORE = {
+    "bf16": "--amp bf16",
+    "fp16": "--amp fp16",
+    "fp16, accumulation, clipping": "--amp fp16 --accumulate 2 --clip-norm 0.1 --num-datas 224",
+    "accumulation of 2": "--accumulate 2",
+    "accumulation of 4": "--accumulate 4 --num-datas 256",
+    "clipping": "--clip-norm 0.05",
+    "no clipping": "--clip-norm 0",
+    "warm-up": "--warmup-steps 15",
+    "no warm-up, no weight decay": "--warmup-steps 0 --weight-decay 0",
+    "no dropout": "--dropout 0",
+    "separate embeddings, bf16": "--no-tie-embeddings --amp bf16",
+    "workers": "--num-workers 2",
+    "nothing held out": "--holdout 0 --batch-size 96",
+    "30 digits": "--num-categories 30 --num-heads 2",
+    "a batch size that does not divide the data": "--batch-size 48 --num-datas 200",
+    "another seed, more layers": "--seed 7 --num-layers 2 --num-heads 4",
+    "the best k of many epochs": "--max-epochs 5 --save-top-k 2 --lr 0.03 --num-datas 160",
 }
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch, recwarn):
-    """Signal handlers and W&B as they were; Lightning's warnings are not ours."""
+    """Without W&B, and Lightning's warnings are not ours."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
-def run_both(*flags: str, **twin) -> Parity:
-    """Both programs one after the other in this process, which is what two processes would do."""
-    flags = [*SMALL, *flags]
-    train.main([*flags, "--run-dir", "plain"])
-    train_lightning.main([*flags, "--run-dir", "lightning"], **twin)
-    return compare_runs(Path("plain"), Path("lightning"))
+@pytest.fixture(scope="module")
+def run_both(tmp_path_factory):
+    """Both programs in this process, one after the other; train.py once for the same flags."""
+    plain: dict[str, Path] = {}
+
+    def run(flags: str = "", **twin: object) -> Parity:
+        if flags not in plain:
+            folder = tmp_path_factory.mktemp("plain")
+            train.main([*SMALL.split(), *flags.split(), "--run-dir", str(folder)])
+            plain[flags] = folder
+        twins = train_lightning.main(
+            [*SMALL.split(), *flags.split(), "--run-dir", "lightning"], **twin
+        )
+        return compare_runs(plain[flags], twins)
+
+    return run
 
 
-@pytest.mark.parametrize("name", MATRIX)
-def test_same_numbers(name):
-    parity = run_both(*MATRIX[name])
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
+def test_same_numbers(name, run_both):
+    parity = run_both({**QUICK, **MORE}[name])
     assert parity.differences == []
-    assert parity.max_loss_difference == 0.0 and parity.weights_equal
-    steps, epochs = read_metrics(Path("plain"))
-    assert len(parity.losses) == len(steps) > 0 and len(parity.epoch_figures) == 3 * (len(epochs) - 1) + 2
-    assert len({loss for loss, _ in parity.losses}) > len(steps) / 2  # they do train, and are not all alike
+    assert parity.holds and parity.max_loss_difference == 0.0 and parity.weights_equal
+    # Both did train, and what is said to be equal was compared.
+    losses = [ours for ours, _ in parity.losses]
+    assert len(set(losses)) > len(losses) / 2 > 1
+    for figure in ("train/loss_epoch, epoch 1", "val/exact_match, epoch 1", "test/loss_epoch"):
+        assert figure in parity.epoch_figures
+    assert {"gradient norms", "optimizer state", "random state"} <= parity.others.keys()
     assert (parity.skipped[0] > 0) == (name == "fp16 with skipped updates")
 
 
-def test_plain_lightning_needs_no_hooks_in_the_simple_case():
+# ------------------------------------------------------------------- what each hook is there for
+
+
+def all_hooks_but(name: str) -> list[type]:
+    hooks = [hook for hook in parity_hooks.HOOKS if hook.__name__ != name]
+    assert len(hooks) == len(parity_hooks.HOOKS) - 1
+    return hooks
+
+
+def test_plain_lightning_needs_no_hook_in_the_simple_case(run_both):
     parity = run_both(hooks=())
     assert set(parity.differences) == {"gradient norms"}  # Lightning throws them away
 
 
-# What each departure from plain Lightning is for: without it, this configuration parts the two.
-WITHOUT_HOOK = {
-    "TokenWeightedUpdates": (["--accumulate", "2"], "loss of step 1"),
-    "ScheduleWaitsForSkippedUpdates": (FP16_OVERFLOW, "learning rates"),
-}
+def test_without_its_hook_lightning_weighs_batches_instead_of_tokens(run_both):
+    parity = run_both("--accumulate 2", hooks=all_hooks_but("TokenWeightedUpdates"))
+    assert parity.max_loss_difference > 1e-4 and "weights" in parity.differences
 
 
-@pytest.mark.parametrize("name", WITHOUT_HOOK)
-def test_without_a_hook_the_numbers_part(name):
-    flags, difference = WITHOUT_HOOK[name]
-    hooks = [hook for hook in parity_hooks.HOOKS if hook.__name__ != name]
-    assert len(hooks) == len(parity_hooks.HOOKS) - 1
-    assert difference in run_both(*flags, hooks=hooks).differences
+@pytest.mark.slow
+def test_without_its_hook_lightnings_schedule_counts_skipped_updates(run_both):
+    parity = run_both(OVERFLOWS, hooks=all_hooks_but("ScheduleWaitsForSkippedUpdates"))
+    assert "learning rates" in parity.differences
 
 
-def test_plain_lightning_cannot_clip_for_a_fused_optimizer_in_bf16():
-    hooks = [hook for hook in parity_hooks.HOOKS if hook is not parity_hooks.ClipsAndKeepsTheNorm]
-    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
-        run_both("--amp", "bf16", hooks=hooks)
+def test_without_its_hook_lightning_refuses_to_clip_for_a_fused_optimizer_in_bf16(capsys):
+    flags = [*SMALL.split(), "--amp", "bf16", "--run-dir", "lightning"]
+    with pytest.raises(SystemExit):
+        train_lightning.main(flags, hooks=all_hooks_but("ClipsAndKeepsTheNorm"))
+    assert "does not allow for gradient clipping" in capsys.readouterr().err
 
 
-# Faults planted in the twin, and in the loop's surroundings. Each must be seen.
+@pytest.mark.slow
+def test_accumulation_of_three_differs_by_rounding(run_both):
+    """Dividing a loss by three and multiplying it by three again is not exact in binary."""
+    parity = run_both("--accumulate 3")
+    assert 0 < parity.max_loss_difference < 1e-5 and not parity.weights_equal
+
+
+@pytest.mark.slow
+def test_lightnings_resume_is_not_the_same_run(monkeypatch):
+    """Its checkpoint has no random state, so dropout starts over. (train.py's resume is exact.)"""
+    flags = SMALL.split()
+    whole = train_lightning.main([*flags, "--run-dir", "whole"])
+    train_lightning.main([*flags, "--max-epochs", "1", "--run-dir", "first"])
+    fit = pl.Trainer.fit
+    checkpoint = Path("first/epoch=0.ckpt")
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *args: fit(*args, ckpt_path=checkpoint))
+    second = train_lightning.main([*flags, "--run-dir", "second"])
+
+    expected, found = split_metrics(whole)[0][6:], split_metrics(second)[0]
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    gaps = [
+        abs(a["train/loss_step"] - b["train/loss_step"])
+        for a, b in zip(expected, found, strict=True)
+    ]
+    assert max(gaps) > 0.01
+
+
+# --------------------------------------------------------------------------------- planted faults
+
+
 def plant_stray_draw(monkeypatch):
     class Stray(Recorder):
         def on_train_epoch_start(self, trainer, module):
@@ -122,14 +167,12 @@ def plant_stray_draw(monkeypatch):
     monkeypatch.setattr(train_lightning, "Recorder", Stray)
 
 
-def plant_dropout_in_the_sanity_check(monkeypatch):
-    """A sanity check that leaves its mark: it draws random numbers, and nothing puts the generator back."""
-    from contextlib import nullcontext
-
-    monkeypatch.setattr("pytorch_lightning.trainer.trainer.isolate_rng", nullcontext)
+def plant_draw_in_the_sanity_check(monkeypatch):
+    """A sanity check that draws a random number, and nothing that puts the generator back."""
+    monkeypatch.setattr("pytorch_lightning.trainer.trainer.isolate_rng", contextlib.nullcontext)
 
     class Draws(Recorder):
-        def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        def on_validation_batch_start(self, trainer, *others):
             if trainer.sanity_checking:
                 torch.rand(1)
 
@@ -148,13 +191,17 @@ def plant_same_order_every_epoch(monkeypatch):
 
 def plant_last_weights_in_the_test(monkeypatch):
     test = pl.Trainer.test
-    monkeypatch.setattr(pl.Trainer, "test", lambda self, module, loader, ckpt_path: test(self, module, loader))
+    monkeypatch.setattr(
+        pl.Trainer, "test", lambda self, module, loader, ckpt_path: test(self, module, loader)
+    )
 
 
 def plant_mean_of_batch_means(monkeypatch):
     log = pl.LightningModule.log
     monkeypatch.setattr(
-        pl.LightningModule, "log", lambda self, *args, batch_size=1, **named: log(self, *args, batch_size=1, **named)
+        pl.LightningModule,
+        "log",
+        lambda self, *args, batch_size=1, **named: log(self, *args, batch_size=1, **named),
     )
 
 
@@ -166,7 +213,7 @@ def plant_eval_mode(monkeypatch):
     monkeypatch.setattr(train_lightning, "Recorder", Eval)
 
 
-def plant_one_bit_in_the_weights(monkeypatch):
+def plant_one_bit_in_one_weight(monkeypatch):
     on_train_end = Recorder.on_train_end
 
     def flip(self, trainer, module):
@@ -177,122 +224,115 @@ def plant_one_bit_in_the_weights(monkeypatch):
     monkeypatch.setattr(Recorder, "on_train_end", flip)
 
 
-PLANTS = {
-    "a stray random draw": (plant_stray_draw, [], "loss of step 1"),
-    "a sanity check without isolation": (plant_dropout_in_the_sanity_check, [], "loss of step 1"),
-    "the same order every epoch": (plant_same_order_every_epoch, ["--dropout", "0"], "loss of step 7"),
-    "the last weights in the test": (plant_last_weights_in_the_test, OVERSHOOTS, "test/loss_epoch"),
-    "a mean of batch means": (plant_mean_of_batch_means, [], "train/loss_epoch, epoch 0"),
-    "eval mode in training": (plant_eval_mode, [], "loss of step 1"),
-    "one bit in one weight": (plant_one_bit_in_the_weights, [], "weights"),
-}
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", PLANTS)
-def test_a_planted_fault_is_seen(name, monkeypatch):
-    plant, flags, difference = PLANTS[name]
+@pytest.mark.parametrize(
+    ("plant", "flags", "difference"),
+    [
+        (plant_stray_draw, "", "loss of step 1"),
+        (plant_mean_of_batch_means, "", "train/loss_epoch, epoch 0"),
+        (plant_one_bit_in_one_weight, "", "weights"),
+        pytest.param(plant_eval_mode, "", "loss of step 1", marks=slow),
+        pytest.param(plant_draw_in_the_sanity_check, "", "loss of step 1", marks=slow),
+        pytest.param(plant_same_order_every_epoch, "--dropout 0", "loss of step 7", marks=slow),
+        pytest.param(plant_last_weights_in_the_test, OVERSHOOTS, "test/loss_epoch", marks=slow),
+    ],
+)
+def test_a_planted_fault_is_seen(plant, flags, difference, monkeypatch, run_both):
+    run_both(flags)  # so that train.py has run without the fault
     plant(monkeypatch)
-    parity = run_both(*flags)
+    parity = run_both(flags)
     assert parity.differences[0] == difference
-    assert parity.holds == (difference.endswith(("loss_epoch", "epoch 0")))  # the loop is right, one figure is not
+    only_a_figure_is_wrong = "loss_epoch" in difference
+    assert parity.holds == only_a_figure_is_wrong
 
 
-def test_accumulation_of_three_differs_in_the_last_digits_for_good():
-    """Lightning divides the loss by three and the hook multiplies by three: not the same number in binary."""
-    parity = run_both("--accumulate", "3")
-    assert 0 < parity.max_loss_difference < 1e-5 and not parity.weights_equal
+# --------------------------------------------------------------------------------- two processes
+
+# Seed 3 holds out pairs with an odd number of tokens: Lightning alone halves it to a whole number.
+PAIR = f"{SMALL} --devices 2 --batch-size 16 --seed 3 --accumulate 2 --num-datas 224"
 
 
-def test_a_resumed_run_goes_on_exactly_and_lightning_s_does_not(monkeypatch):
-    flags = [*SMALL, "--max-epochs", "2"]
-    train.main([*flags, "--run-dir", "whole"])
-    train.main([*SMALL, "--max-epochs", "1", "--run-dir", "parts"])
-    train.main(["--resume", "parts", "--max-epochs", "2"])
-    assert read_metrics(Path("parts")) == read_metrics(Path("whole"))
+class PlainSync:
+    """self.log as its default is: without sync_dist."""
 
-    # The same with the twin: its checkpoint has no random state, so that dropout starts over.
-    fit = pl.Trainer.fit
-    train_lightning.main([*SMALL, "--max-epochs", "1", "--run-dir", "first"])
-    monkeypatch.setattr(pl.Trainer, "fit", lambda *args: fit(*args, ckpt_path=Path("first/epoch=0.ckpt")))
-    train_lightning.main([*flags, "--run-dir", "second"])
-    whole, second = (read_metrics(Path(folder))[0][-6:] for folder in ("whole", "second"))
-    assert [row["step"] for row in second] == list(range(7, 13))
-    gaps = [abs(a["train/loss_step"] - b["train/loss_step"]) for a, b in zip(whole, second, strict=True)]
-    assert max(gaps) > 0.01
+    def log(self, *args, sync_dist: bool = False, **named) -> None:
+        super().log(*args, **named)
 
 
-TWO_PROCESSES = """
-import os, sys, torch.distributed as dist
-import train
-from comparison import train_lightning
-from comparison.parity_hooks import HOOKS
-ports, flags = sys.argv[1].split(), sys.argv[2:]
-world = dict(os.environ)  # Lightning takes some of it away when it ends
-os.environ["MASTER_PORT"] = ports[0]
-train.main([*flags, "--run-dir", "plain"])
-for port, without in zip(ports[1:], ("", "OneSeedForEachProcess", "EpochMeansOverProcesses"), strict=True):
-    dist.destroy_process_group()
-    os.environ.update(world, MASTER_PORT=port)  # a start of its own: one after a fault would resume the run
-    hooks = [hook for hook in HOOKS if hook.__name__ != without]
-    train_lightning.main([*flags, "--run-dir", f"lightning{without}"], hooks=hooks)
-"""
+def on_two_processes(main, flags: list[str], **options: object) -> None:
+    """Call a main function in two forks of this process, which have imported everything."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+
+    def call(rank: int) -> None:
+        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+        world |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ.update(world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        main(flags, **options)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=call, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=200)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
-def free_ports(number: int) -> str:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = " ".join(str(free.getsockname()[1]) for free in sockets)
-    for free in sockets:
-        free.close()
-    return ports
+@pytest.fixture(scope="module")
+def plain_pair(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    on_two_processes(train.main, [*PAIR.split(), "--run-dir", str(folder)])
+    return folder
 
 
-def test_same_numbers_on_two_processes():
-    """Seed 3 holds out pairs whose tokens make an odd number, which Lightning alone halves to a whole one."""
-    flags = [*SMALL, "--devices", "2", "--batch-size", "16", "--seed", "3", "--accumulate", "2", "--num-datas", "224"]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    ports = free_ports(4)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, ports, *flags],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(PROJECT)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:]
-
-    differences = {
-        without: compare_runs(Path("plain"), Path(f"lightning{without}")).differences
-        for without in ("", "OneSeedForEachProcess", "EpochMeansOverProcesses")
-    }
-    assert differences[""] == []
-    assert differences["OneSeedForEachProcess"][0] == "loss of step 1"
-    assert {f"val/loss_epoch, epoch {epoch}" for epoch in range(3)} <= set(differences["EpochMeansOverProcesses"])
-    assert all("loss_epoch" in name for name in differences["EpochMeansOverProcesses"])  # the loop itself is right
+def compare_pair(plain_pair: Path, hooks=parity_hooks.HOOKS) -> Parity:
+    flags = [*PAIR.split(), "--run-dir", "lightning"]
+    on_two_processes(train_lightning.main, flags, hooks=hooks)
+    return compare_runs(plain_pair, Path("lightning"))
 
 
-def test_both_log_the_same_curves(monkeypatch):
+def test_same_numbers_on_two_processes(plain_pair):
+    assert compare_pair(plain_pair).differences == []
+
+
+@pytest.mark.slow
+def test_without_its_hook_lightning_gives_all_processes_the_same_dropout(plain_pair):
+    parity = compare_pair(plain_pair, all_hooks_but("OneSeedForEachProcess"))
+    assert parity.differences[0] == "loss of step 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        pytest.param(all_hooks_but("EpochMeansOverProcesses"), id="token counts as whole numbers"),
+        pytest.param((PlainSync, *parity_hooks.HOOKS), id="the mean of one process alone"),
+    ],
+)
+def test_lightning_alone_logs_another_mean_over_processes(hooks, plain_pair):
+    parity = compare_pair(plain_pair, hooks)
+    assert {f"val/loss_epoch, epoch {epoch}" for epoch in range(2)} <= set(parity.differences)
+    assert parity.holds  # the loop itself is right
+
+
+# -------------------------------------------------------------------------------------------- W&B
+
+
+def test_both_log_the_same_curves(monkeypatch, run_both):
     """So that the two runs lie over each other in W&B."""
     logged, finish = [], wandb.finish
 
     def note_and_finish() -> None:
-        logged.append(set(wandb.run.summary.keys()))
+        logged.append({name for name in dict(wandb.run.summary) if name[0] != "_"})
         finish()
 
     monkeypatch.setattr(wandb, "finish", note_and_finish)
-    run_both("--max-epochs", "1", "--log-every", "2")
-    ours, twins = ({name for name in names if not name.startswith("_")} for names in logged)
+    run_both("--max-epochs 1 --log-every 2")
+    ours, twins = logged
     only_ours = {"step", "tokens/s", "val/answers", "test/answers", "val/batch", "test/batch"}
-    assert {"train/loss_step", "lr", "grad_norm", "val/loss_step", "test/exact_match"} < ours - only_ours
+    assert {"train/loss_step", "lr", "grad_norm", "val/loss_step", "test/exact_match"} <= twins
     assert twins - {"trainer/global_step"} == ours - only_ours
-
-
-@pytest.mark.slow  # the quick tests have the same through comparison.compare, in test_comparison_compare.py
-def test_same_numbers_on_the_command_line():
-    flags = [*SMALL, "--max-epochs", "2"]
-    for program, folder in ((["train.py"], "plain"), (["-m", "comparison.train_lightning"], "lightning")):
-        command = [sys.executable, *program, *flags, "--run-dir", str(Path(folder).absolute())]
-        subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, timeout=120)
-    assert compare_runs(Path("plain"), Path("lightning")).differences == []
-    assert json.loads(Path("plain/config.json").read_text())["max_epochs"] == 2

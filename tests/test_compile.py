@@ -7,11 +7,11 @@ import pytest
 import torch
 from metrics import step_losses
 
-from transformer_scratch.data import Task
+from transformer_scratch.hardware import compile_model
 from transformer_scratch.model import Transformer
-from transformer_scratch.runtime import compile_model
+from transformer_scratch.task import Task
 
-FLAGS = ["--dim", "16", "--num-layers", "2", "--batch-size", "16", "--num-datas", "160", "--dropout", "0.1"]
+FLAGS = ["--dim=16", "--num-layers=2", "--batch-size=16", "--num-datas=160", "--dropout=0.1"]
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
@@ -40,8 +40,14 @@ def test_blocks_are_compiled_and_keep_their_names(monkeypatch):
 
 @pytest.mark.slow
 def test_no_compiler_on_the_path(script, tmp_path):
-    environment = {"PATH": "/nonexistent", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = script("train.py", *FLAGS, "--max-epochs", "1", "--wandb", "disabled", "--compile", **environment)
+    environment = {
+        "PATH": "/nonexistent",
+        "CXX": "",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = script(
+        "train.py", *FLAGS, "--max-epochs", "1", "--wandb", "disabled", "--compile", **environment
+    )
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "compile" in line]
     assert "no: no working compiler here" in line and "Traceback" not in done.stderr

@@ -1,23 +1,28 @@
-"""Greedy decoding with its cache, against the slow way that needs none; and how answers are judged."""
+"""Greedy decoding with its cache against the slow way without; and how answers are judged."""
 
 import pytest
 import torch
 
-from transformer_scratch.data import Task
-from transformer_scratch.decoding import greedy_decode
+from transformer_scratch.attention import padding_mask
+from transformer_scratch.blocks import DecoderBlock
+from transformer_scratch.decoding import KeyValueCache, block_step, decode_step, greedy_decode
 from transformer_scratch.evaluation import Prediction, exact_match, predict
 from transformer_scratch.model import Transformer
+from transformer_scratch.task import Task
 
 TASK = Task()
 PAIRS = TASK.all_pairs()
 SOURCE = torch.tensor([TASK.encode_source(pair) for pair in PAIRS])
+IDS = (TASK.start_id, TASK.end_id, TASK.max_target_len)  # what greedy_decode is told of the task
 
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    """Untrained, but made to listen to source and prefix, so that its answers differ in content and in length."""
-    torch.manual_seed(3)
-    model = Transformer(TASK.vocab_size, dim=16, num_heads=2, num_layers=2, dropout=0.1, tie_embeddings=False).double()
+    """Untrained, but with strong attention: its answers differ in content and in length."""
+    torch.manual_seed(6)
+    model = Transformer(
+        TASK.vocab_size, dim=16, num_heads=2, num_layers=2, dropout=0.1, tie_embeddings=False
+    ).double()
     with torch.no_grad():
         for block in model.decoder:
             block.self_attention.output.weight.mul_(4)
@@ -27,14 +32,12 @@ def model() -> Transformer:
 
 
 def decode_without_cache(model: Transformer, source: torch.Tensor) -> list[list[int]]:
-    """One pair at a time, the whole prefix anew for every token, padding left in."""
-    answers = []
-    for row in source:
-        tokens = [TASK.start_id]
-        while len(tokens) <= TASK.max_target_len and tokens[-1] != TASK.end_id:
-            tokens.append(int(model(row[None], torch.tensor([tokens]))[0, -1].argmax()))
-        answers.append(tokens[1:])
-    return answers
+    """The whole prefix anew for every token, padding left in, cut at the end token."""
+    tokens = torch.full((len(source), 1), TASK.start_id)
+    for _ in range(TASK.max_target_len):
+        tokens = torch.cat([tokens, model(source, tokens)[:, -1:].argmax(dim=-1)], dim=1)
+    answers = tokens[:, 1:].tolist()
+    return [a[: a.index(TASK.end_id) + 1] if TASK.end_id in a else a for a in answers]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +54,13 @@ def test_the_slow_answers_are_worth_comparing(slow_answers):
 
 
 def test_the_cache_gives_the_same_answer_for_every_pair(model, slow_answers):
-    decoded = greedy_decode(model, SOURCE, TASK.start_id, TASK.end_id, TASK.max_target_len)
-    assert decoded.tolist() == [answer + [TASK.pad_id] * (TASK.max_target_len - len(answer)) for answer in slow_answers]
+    decoded = greedy_decode(model, SOURCE, *IDS)
+    assert decoded.tolist() == [
+        answer + [TASK.pad_id] * (TASK.max_target_len - len(answer)) for answer in slow_answers
+    ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 1_000])
+@pytest.mark.parametrize("batch_size", [3, 1_000])
 def test_batches_and_dropped_rows_change_no_answer(model, slow_answers, batch_size):
     predictions = predict(model, TASK, PAIRS, batch_size)
     assert [prediction.tokens for prediction in predictions] == slow_answers
@@ -65,37 +70,86 @@ def test_batches_and_dropped_rows_change_no_answer(model, slow_answers, batch_si
 def test_sources_of_many_lengths_in_one_batch(model):
     """Each is decoded as if it were alone, also after others have finished and left the batch."""
     torch.manual_seed(0)
-    lengths = torch.randint(2, 10, (60,)).tolist()
-    alone = [
-        torch.cat([torch.tensor([11]), torch.randint(10, (length - 2,)), torch.tensor([12])]) for length in lengths
-    ]
+    lengths = torch.randint(2, 10, (30,)).tolist()
+    start, end = torch.tensor([TASK.start_id]), torch.tensor([TASK.end_id])
+    alone = [torch.cat([start, torch.randint(10, (length - 2,)), end]) for length in lengths]
     together = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True, padding_value=TASK.pad_id)
-    decoded = greedy_decode(model, together, 11, 12, 15)
+    decoded = greedy_decode(model, together, *IDS)
     assert len((decoded != TASK.pad_id).sum(dim=1).unique()) > 3, "they finish at different times"
     for source, answer in zip(alone, decoded, strict=True):
-        assert torch.equal(greedy_decode(model, source[None], 11, 12, 15)[0], answer)
+        assert torch.equal(greedy_decode(model, source[None], *IDS)[0], answer)
 
 
 def test_logits_step_by_step_equal_those_of_the_whole_prefix(model):
-    tokens = torch.randint(14, (5, 9))
-    memory = model.encode(SOURCE[:5, :4])
-    caches = model.start_caches(memory)
-    steps = torch.stack([model.decode_step(tokens[:, t : t + 1], t, caches) for t in range(9)], dim=1)
-    torch.testing.assert_close(steps, model.decode(tokens, memory))
+    tokens = torch.randint(TASK.vocab_size, (5, 9))
+    memory, mask = model.encode(SOURCE[:5]), padding_mask(SOURCE[:5], TASK.pad_id)
+    caches = [KeyValueCache(block, memory, max_len=9) for block in model.decoder]
+    steps = [decode_step(model, tokens[:, t : t + 1], t, caches, mask) for t in range(9)]
+    expected = model.decode(tokens, memory, mask)
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected)
+    assert not torch.allclose(expected, model.decode(tokens, memory)), "the mask hides something"
+
+
+def make_block() -> tuple[DecoderBlock, torch.Tensor, torch.Tensor]:
+    """A decoder block in float64, its input (3, 6, 8) and its memory (3, 4, 8)."""
+    torch.manual_seed(0)
+    block = DecoderBlock(8, 2, 32, dropout=0.0).double()
+    return block, torch.randn(3, 6, 8).double(), torch.randn(3, 4, 8).double()
+
+
+def test_a_decoder_block_step_by_step_equals_all_at_once():
+    block, x, memory = make_block()
+    mask = padding_mask(torch.tensor([[1, 1, 1, 1], [1, 1, 13, 13], [1, 1, 1, 13]]), pad_id=13)
+    cache = KeyValueCache(block, memory, max_len=6)
+    steps = [block_step(block, x[:, t : t + 1], t, cache, mask) for t in range(6)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), block(x, memory, mask))
+
+
+def test_a_cache_forgets_finished_rows():
+    block, x, memory = make_block()
+    cache = KeyValueCache(block, memory, max_len=2)
+    block_step(block, x[:, :1], 0, cache, None)
+    rows = torch.tensor([0, 2])
+    cache.keep_rows(rows)
+    step = block_step(block, x[rows, 1:2], 1, cache, None)
+    torch.testing.assert_close(step, block(x, memory)[rows, 1:2])
+
+
+def test_a_source_without_padding_needs_no_mask(model):
+    without = greedy_decode(model, SOURCE[:, :4], *IDS, source_is_padded=False)
+    assert torch.equal(without, greedy_decode(model, SOURCE, *IDS))
+
+
+def test_decoding_leaves_the_model_as_it_was():
+    """Also past max_len: a table kept from inference mode could not be trained with."""
+    torch.manual_seed(0)
+    model = Transformer(TASK.vocab_size, dim=16, num_layers=1, dropout=0.0, max_len=4)
+    never = -1  # no token ends an answer, so every one grows to the full length
+    before = {**vars(model), **dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    decoded = greedy_decode(model, SOURCE, TASK.start_id, never, 20)
+    assert decoded.shape == (len(SOURCE), 20)
+
+    after = {**vars(model), **dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, values[name])
+    model(SOURCE, SOURCE).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_decoding_stops_when_all_rows_have_finished(model, monkeypatch):
     calls = []
 
-    def always_end(token, position, caches, memory_mask):
+    def always_end(model, token, position, caches, memory_mask):
         calls.append(position)
-        for cache in caches:
-            cache.append(*(torch.zeros(len(token), 2, 1, 8).double() for _ in range(2)))
-        return torch.nn.functional.one_hot(torch.full((len(token),), TASK.end_id), 14).double()
+        end = torch.full((len(token),), TASK.end_id)
+        return torch.nn.functional.one_hot(end, TASK.vocab_size).double()
 
-    monkeypatch.setattr(model, "decode_step", always_end)
-    decoded = greedy_decode(model, SOURCE[:3], TASK.start_id, TASK.end_id, 15)
-    assert calls == [0] and decoded.tolist() == [[12] + [13] * 14] * 3
+    monkeypatch.setattr("transformer_scratch.decoding.decode_step", always_end)
+    decoded = greedy_decode(model, SOURCE[:3], *IDS)
+    padding = [TASK.pad_id] * (TASK.max_target_len - 1)
+    assert calls == [0] and decoded.tolist() == [[TASK.end_id, *padding]] * 3
 
 
 def test_an_answer_is_exact_only_as_a_whole():

@@ -1,17 +1,20 @@
-"""The numbers of training: the loss, the schedule, one update by hand, accumulation, averages over an epoch."""
+"""The numbers of training: the loss, the schedule, one update by hand, accumulation, averages over
+an epoch."""
 
 import math
 
 import pytest
 import torch
 from metrics import read_metrics, step_losses
+from samples import batch_of
 
 import train as train_script
+from transformer_scratch.batches import BatchSampler, PairDataset, make_datasets
 from transformer_scratch.checkpoint import load_checkpoint
-from transformer_scratch.data import BatchSampler, PairDataset, Task, make_datasets, split_pairs
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule, warmup_factor
+from transformer_scratch.task import Task, split_pairs
 
 TASK = Task()
 SMALL = ["--dim", 16, "--num-layers", 1, "--dropout", 0, "--warmup-steps", 0, "--seed", 7]
@@ -31,7 +34,8 @@ def first_model() -> Transformer:
 
 
 def loss_by_hand(logits: torch.Tensor, target: torch.Tensor) -> float:
-    """-log of the probability of each target token, by its definition, averaged over those that are not padding."""
+    """-log of the probability of each target token, by its definition, averaged over those that
+    are not padding."""
     losses = []
     for scores, token in zip(logits.flatten(0, 1).tolist(), target.flatten().tolist(), strict=True):
         if token != TASK.pad_id:
@@ -39,27 +43,29 @@ def loss_by_hand(logits: torch.Tensor, target: torch.Tensor) -> float:
     return sum(losses) / len(losses)
 
 
-# ----------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def test_the_loss_by_hand():
     batch, model = first_batch(32, 32), first_model()
     assert (batch.target == TASK.pad_id).any(), "there is padding to leave out"
     expected = loss_by_hand(model(batch.source, batch.decoder_input), batch.target)
-    assert train_script.token_loss(model, batch).item() == pytest.approx(expected, rel=1e-6)
+    loss = train_script.token_loss(model, batch, TASK.pad_id)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_reported_losses_are_token_means(train):
-    """The epoch's means weigh each update by its tokens; validation and test are what the weights really give, the test
-    with the best weights. The rising learning rate makes the first epoch the best."""
-    run = train(*SMALL, "--num-datas", 100, "--batch-size", 16, "--max-epochs", 2, "--lr", 20, "--warmup-steps", 100)
+    """The epoch's means weigh each update by its tokens; validation and test are what the weights
+    give, the test with the best ones. The rising learning rate makes the first epoch the best."""
+    flags = "--num-datas 100 --batch-size 16 --max-epochs 2 --lr 20 --warmup-steps 100"
+    run = train(*SMALL, *flags.split())
     rows = read_metrics(run)
     epochs = [row for row in rows if "val/loss_epoch" in row]
     data = make_datasets(TASK, split_pairs(TASK, 0.2, 7), 100, seed=7)[0]
     sampler = BatchSampler(data, 16, shuffle=True, seed=7)
     for epoch, losses in enumerate((step_losses(run)[:6], step_losses(run)[6:])):
         sampler.set_epoch(epoch)
-        tokens = [update_tokens for _, update_tokens in sampler]
+        tokens = [indices.update_tokens for indices in sampler]
         assert len(set(tokens)) > 1
         mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
         assert epochs[epoch]["train/loss_epoch"] == pytest.approx(mean, rel=1e-6)
@@ -76,7 +82,7 @@ def test_the_reported_losses_are_token_means(train):
         assert row[f"{split}/exact_match"] == exact_match(predict(model, TASK, pairs))
 
 
-# ------------------------------------------------------------------------------------------------------- the schedule
+# ------------------------------------------------------------------------------------- the schedule
 
 
 def test_the_schedule_in_numbers():
@@ -93,26 +99,28 @@ def test_the_schedule_in_numbers():
 
 
 def test_the_learning_rate_of_each_line_is_the_one_used(train):
-    run = train(*SMALL, "--num-datas", 96, "--batch-size", 16, "--max-epochs", 1, "--warmup-steps", 4, "--lr", 0.01)
+    flags = "--num-datas 96 --batch-size 16 --max-epochs 1 --warmup-steps 4 --lr 0.01"
+    run = train(*SMALL, *flags.split())
     rates = [row["lr"] for row in read_metrics(run) if "lr" in row]
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
-# --------------------------------------------------------------------------------------------------------- one update
+# --------------------------------------------------------------------------------------- one update
 
 
 @pytest.mark.parametrize("clip_norm", [0, 0.5])
 def test_one_update_by_hand(train, clip_norm):
-    """AdamW with the paper's betas, on clipped gradients: from the first weights to those in last.pt."""
+    """AdamW with the paper's betas, on clipped gradients: from the first weights to those in
+    last.pt."""
     lr, decay, eps = 0.01, 0.3, 1e-8
-    run = train(
-        *SMALL, "--num-datas", 32, "--batch-size", 32, "--max-epochs", 1,
-        "--lr", lr, "--weight-decay", decay, "--clip-norm", clip_norm,
-    )  # fmt: skip
+    flags = f"--max-epochs 1 --lr {lr} --weight-decay {decay} --clip-norm {clip_norm}"
+    run = train(*SMALL, "--num-datas", 32, "--batch-size", 32, *flags.split())
     model = first_model()
-    loss = train_script.token_loss(model, first_batch(32, 32))
+    loss = train_script.token_loss(model, first_batch(32, 32), TASK.pad_id)
     loss.backward()
-    norm = math.sqrt(sum(parameter.grad.double().square().sum().item() for parameter in model.parameters()))
+    norm = math.sqrt(
+        sum(parameter.grad.double().square().sum().item() for parameter in model.parameters())
+    )
     assert norm > 0.5, "there is something to clip"
     row = read_metrics(run)[0]
     assert row["train/loss_step"] == pytest.approx(loss.item(), rel=1e-6)
@@ -122,15 +130,20 @@ def test_one_update_by_hand(train, clip_norm):
     state = after["optimizer"]["state"]
     for index, (name, parameter) in enumerate(model.named_parameters()):
         gradient = parameter.grad * (min(1, clip_norm / norm) if clip_norm else 1)
-        # First step: both moments, corrected for their start at zero, are the gradient and its square.
+        # First step: both moments, corrected for their start at zero, are the gradient and its
+        # square.
         expected = parameter - lr * decay * parameter - lr * gradient / (gradient.abs() + eps)
         torch.testing.assert_close(state[index]["exp_avg"], 0.1 * gradient, rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(state[index]["exp_avg_sq"], 0.02 * gradient.square(), rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(
+            state[index]["exp_avg_sq"], 0.02 * gradient.square(), rtol=1e-4, atol=1e-12
+        )
         clear = gradient.abs() > 1e-6  # of a gradient of rounding errors alone, the sign is chance
-        torch.testing.assert_close(after["model"][name][clear], expected.detach()[clear], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            after["model"][name][clear], expected.detach()[clear], rtol=1e-4, atol=1e-6
+        )
 
 
-# ------------------------------------------------------------------------------------------------------- accumulation
+# ------------------------------------------------------------------------------------- accumulation
 
 
 def weights_and_losses(train, *flags) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -140,11 +153,12 @@ def weights_and_losses(train, *flags) -> tuple[list[float], dict[str, torch.Tens
 
 def test_accumulation_gives_the_update_of_the_whole_batch(train):
     losses, weights = weights_and_losses(train, "--batch-size", 64)
-    accumulated_losses, accumulated_weights = weights_and_losses(train, "--batch-size", 16, "--accumulate", 4)
+    accumulated = weights_and_losses(train, "--batch-size", 16, "--accumulate", 4)
     assert len(losses) == 20
-    assert accumulated_losses == pytest.approx(losses, rel=1e-5)  # sums in another order, over twenty updates
+    # Sums are taken in another order, over twenty updates.
+    assert accumulated[0] == pytest.approx(losses, rel=1e-5)
     for name, weight in weights.items():
-        torch.testing.assert_close(accumulated_weights[name], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(accumulated[1][name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_that_count_alike_whatever_their_tokens_are_caught(train, monkeypatch):
@@ -154,7 +168,7 @@ def test_batches_that_count_alike_whatever_their_tokens_are_caught(train, monkey
 
     def alike(dataset, item):
         batch = getitem(dataset, item)
-        return batch._replace(update_tokens=4 * batch.num_tokens)
+        return batch._replace(mean_update_tokens=4 * batch.num_tokens)
 
     monkeypatch.setattr(PairDataset, "__getitem__", alike)
     faulty, _ = weights_and_losses(train, "--batch-size", 16, "--accumulate", 4)
@@ -170,19 +184,19 @@ def test_the_last_window_of_an_epoch_may_be_short(train):
     assert step_losses(run)[0] == pytest.approx(step_losses(whole)[0], rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ does it learn
+# ------------------------------------------------------------------------------------ does it learn
 
 
-def test_a_batch_is_overfitted(train):
-    """Twelve pairs, no more: a model that cannot learn these by heart cannot learn."""
+def test_a_batch_is_overfitted():
+    """Twelve pairs, no more: a model that cannot memorise these cannot learn."""
     torch.manual_seed(0)
-    pairs = [(0, 9), (9, 0), (3, 3), (8, 4), (2, 5), (7, 6), (1, 1), (5, 9), (6, 2), (4, 7), (0, 2), (9, 8)]
+    pairs = TASK.all_pairs()[::9]
     data = PairDataset(TASK, pairs)
-    batch = data[torch.arange(12), 0]
+    batch = batch_of(data)
     model = Transformer(TASK.vocab_size, dim=32, num_layers=1, dropout=0.0)
     optimizer = make_optimizer(model, lr=3e-3, weight_decay=0.0, fused=True)
     for _ in range(120):
-        loss = train_script.token_loss(model, batch)
+        loss = train_script.token_loss(model, batch, TASK.pad_id)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -198,4 +212,6 @@ def test_half_precision_on_a_cpu_follows_float32(train, amp, capsys):
     assert half == pytest.approx(exact, rel=0.05)
     slow = [line for line in capsys.readouterr().out.splitlines() if "slow" in line]
     has_bf16_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    assert len(slow) == (amp == "fp16" or not has_bf16_units), "what a CPU is slow in, it says in one line"
+    assert len(slow) == (amp == "fp16" or not has_bf16_units), (
+        "what a CPU is slow in, it says in one line"
+    )

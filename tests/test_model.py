@@ -1,4 +1,5 @@
-"""The whole model: against nn.Transformer with weights copied, and for what a Transformer must and must not see."""
+"""The whole model: against nn.Transformer with weights copied, and for what a Transformer must and
+must not see."""
 
 import math
 
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from transformer_scratch.attention import causal_mask
-from transformer_scratch.data import PairDataset, Task
+from transformer_scratch.attention import MultiHeadAttention, causal_mask
+from transformer_scratch.batches import PairDataset
 from transformer_scratch.model import Transformer, positional_encoding
+from transformer_scratch.task import Task
 
 TASK = Task()
 V, PAD = TASK.vocab_size, TASK.pad_id
@@ -17,7 +19,13 @@ V, PAD = TASK.vocab_size, TASK.pad_id
 
 def make_model(**settings) -> Transformer:
     torch.manual_seed(0)
-    settings = {"dim": 16, "num_heads": 2, "num_layers": 2, "dropout": 0.0, "pad_id": PAD} | settings
+    settings = {
+        "dim": 16,
+        "num_heads": 2,
+        "num_layers": 2,
+        "dropout": 0.0,
+        "pad_id": PAD,
+    } | settings
     return Transformer(V, **settings).double()
 
 
@@ -27,7 +35,7 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return data.source, data.target[:, :-1], data.target[:, 1:]
 
 
-# ------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 
 
 @pytest.mark.parametrize("dim", [2, 7, 32, 512])
@@ -42,11 +50,17 @@ def test_positions_are_the_closed_form(dim):
             assert table[position, i].item() == pytest.approx(expected, abs=2e-5)
 
 
-def test_positions_grow_beyond_the_prepared_length():
-    model = make_model(max_len=4).eval()
-    longer = make_model(max_len=64).eval()
-    source, decoder_input, _ = make_batch()
-    torch.testing.assert_close(model(source, decoder_input), longer(source, decoder_input))
+def test_sequences_longer_than_max_len_need_no_change_of_the_model():
+    """Also in inference mode, where a tensor that was kept could not be trained with afterwards."""
+    model, longer = make_model(max_len=4), make_model(max_len=64)
+    source, decoder_input, target = make_batch()
+    positions = model.positions
+    with torch.inference_mode():
+        model(source, decoder_input)
+    assert model.positions is positions and len(positions) == 4
+    logits = model(source, decoder_input)
+    torch.testing.assert_close(logits, longer(source, decoder_input))
+    F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=PAD).backward()
 
 
 def test_embedding_is_scaled_and_positions_run_along_time():
@@ -56,32 +70,52 @@ def test_embedding_is_scaled_and_positions_run_along_time():
     torch.testing.assert_close(vectors, 4 * model.source_embedding.weight[ids])  # sqrt(16) = 4
 
 
-# -------------------------------------------------------------------------------------- against nn.Transformer
+# --------------------------------------------------------------------------- against nn.Transformer
+
+
+def projections(attention: MultiHeadAttention) -> list[nn.Linear]:
+    """W^Q, W^K and W^V, in PyTorch's order."""
+    return [attention.query, attention.key, attention.value]
 
 
 def copy_of(ours: Transformer, ffn_dim: int) -> nn.Transformer:
-    """nn.Transformer with our weights: post-norm, ReLU, and no norm after the last block, which the paper has not."""
-    settings = {"dim_feedforward": ffn_dim, "dropout": 0.0, "activation": "relu", "batch_first": True}
+    """nn.Transformer with our weights: post-norm, ReLU, and no norm after the last block, which
+    the paper has not."""
+    settings = {
+        "dim_feedforward": ffn_dim,
+        "dropout": 0.0,
+        "activation": "relu",
+        "batch_first": True,
+    }
     num_heads, num_layers = ours.encoder[0].self_attention.num_heads, len(ours.encoder)
     encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(ours.dim, num_heads, **settings), num_layers, enable_nested_tensor=False
+        nn.TransformerEncoderLayer(ours.dim, num_heads, **settings),
+        num_layers,
+        enable_nested_tensor=False,
     )
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(ours.dim, num_heads, **settings), num_layers)
-    theirs = nn.Transformer(ours.dim, num_heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
+    decoder = nn.TransformerDecoder(
+        nn.TransformerDecoderLayer(ours.dim, num_heads, **settings), num_layers
+    )
+    theirs = nn.Transformer(
+        ours.dim, num_heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True
+    )
 
     @torch.no_grad()
-    def copy_attention(attention: nn.MultiheadAttention, from_: nn.Module, *projections: nn.Linear) -> None:
-        attention.in_proj_weight.copy_(torch.cat([projection.weight for projection in projections]))
-        attention.out_proj.weight.copy_(from_.output.weight)
-        attention.in_proj_bias.zero_()
-        attention.out_proj.bias.zero_()
+    def copy_attention(theirs: nn.MultiheadAttention, ours: MultiHeadAttention) -> None:
+        theirs.in_proj_weight.copy_(
+            torch.cat([projection.weight for projection in projections(ours)])
+        )
+        theirs.out_proj.weight.copy_(ours.output.weight)
+        theirs.in_proj_bias.zero_()
+        theirs.out_proj.bias.zero_()
 
-    for layer, block in zip([*encoder.layers, *decoder.layers], [*ours.encoder, *ours.decoder], strict=True):
-        copy_attention(layer.self_attn, block.self_attention, block.self_attention.query_key_value)
+    for layer, block in zip(
+        [*encoder.layers, *decoder.layers], [*ours.encoder, *ours.decoder], strict=True
+    ):
+        copy_attention(layer.self_attn, block.self_attention)
         norms = [block.self_attention_norm, block.feed_forward_norm]
         if block in [*ours.decoder]:
-            cross = block.cross_attention
-            copy_attention(layer.multihead_attn, cross, cross.query, cross.key_value)
+            copy_attention(layer.multihead_attn, block.cross_attention)
             norms.insert(1, block.cross_attention_norm)
         layer.linear1.load_state_dict(block.feed_forward[0].state_dict())
         layer.linear2.load_state_dict(block.feed_forward[2].state_dict())
@@ -98,15 +132,23 @@ def test_equals_nn_transformer_with_masks(num_heads):
     hidden = source == PAD
     target_hidden = ~causal_mask(decoder_input.size(1))
 
-    embedding = ours.source_embedding.weight.detach().clone().requires_grad_()  # tied: all three in one
+    embedding = (
+        ours.source_embedding.weight.detach().clone().requires_grad_()
+    )  # tied: all three in one
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, embedding) * math.sqrt(ours.dim) + positional_encoding(ids.size(1), ours.dim).double()
+        return (
+            F.embedding(ids, embedding) * math.sqrt(ours.dim)
+            + positional_encoding(ids.size(1), ours.dim).double()
+        )
 
     features = theirs(
-        embed(source), embed(decoder_input), tgt_mask=target_hidden,
-        src_key_padding_mask=hidden, memory_key_padding_mask=hidden,
-    )  # fmt: skip
+        embed(source),
+        embed(decoder_input),
+        tgt_mask=target_hidden,
+        src_key_padding_mask=hidden,
+        memory_key_padding_mask=hidden,
+    )
     expected = features @ embedding.T
     got = ours(source, decoder_input)
     torch.testing.assert_close(got, expected)
@@ -117,18 +159,21 @@ def test_equals_nn_transformer_with_masks(num_heads):
     layers = [*theirs.encoder.layers, *theirs.decoder.layers]
     for block, layer in zip([*ours.encoder, *ours.decoder], layers, strict=True):
         attention = block.self_attention
-        gradients = attention.query_key_value.weight.grad
+        gradients = torch.cat([projection.weight.grad for projection in projections(attention)])
         torch.testing.assert_close(gradients, layer.self_attn.in_proj_weight.grad)
-        torch.testing.assert_close(attention.output.weight.grad, layer.self_attn.out_proj.weight.grad)
+        gradient = attention.output.weight.grad
+        torch.testing.assert_close(gradient, layer.self_attn.out_proj.weight.grad)
         torch.testing.assert_close(block.feed_forward[0].weight.grad, layer.linear1.weight.grad)
-        torch.testing.assert_close(block.self_attention_norm.norm.weight.grad, layer.norm1.weight.grad)
+        torch.testing.assert_close(
+            block.self_attention_norm.norm.weight.grad, layer.norm1.weight.grad
+        )
         if hasattr(layer, "multihead_attn"):
-            attention = block.cross_attention
-            gradients = torch.cat([attention.query.weight.grad, attention.key_value.weight.grad])
+            cross = projections(block.cross_attention)
+            gradients = torch.cat([projection.weight.grad for projection in cross])
             torch.testing.assert_close(gradients, layer.multihead_attn.in_proj_weight.grad)
 
 
-# ------------------------------------------------------------------------------- what the model may and may not see
+# --------------------------------------------------------------- what the model may and may not see
 
 
 def test_no_position_sees_a_later_token():
@@ -150,6 +195,17 @@ def test_padding_of_the_source_changes_nothing():
     torch.testing.assert_close(model.encode(source[:, :4]), model.encode(source)[:, :4])
 
 
+def test_without_padding_no_mask_is_needed(monkeypatch):
+    model = make_model()
+    source, decoder_input, _ = make_batch()
+    expected = model(source[:, :4], decoder_input)
+    monkeypatch.setattr("transformer_scratch.model.padding_mask", None)
+    got = model(source[:, :4], decoder_input, source_is_padded=False)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(TypeError):
+        model(source, decoder_input)
+
+
 def test_padding_of_the_target_changes_no_loss_and_no_gradient():
     model = make_model()
     source, decoder_input, target = make_batch()
@@ -157,7 +213,9 @@ def test_padding_of_the_target_changes_no_loss_and_no_gradient():
     for end in (15, 11):  # 11: the longest of this batch
         model.zero_grad()
         logits = model(source, decoder_input[:, :end])
-        F.cross_entropy(logits.flatten(0, 1), target[:, :end].flatten(), ignore_index=PAD).backward()
+        F.cross_entropy(
+            logits.flatten(0, 1), target[:, :end].flatten(), ignore_index=PAD
+        ).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
@@ -198,27 +256,38 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(model(source, decoder_input), model(source, decoder_input))
 
 
-# ----------------------------------------------------------------------------------------------- sizes and weights
+# -------------------------------------------------------------------------------- sizes and weights
 
 
 def test_the_papers_base_model():
-    """--dim 512 --num-heads 8: 6 + 6 layers, heads of 64, feed-forward 2048 (section 3.3, table 3)."""
+    """--dim 512 --num-heads 8: 6 + 6 layers, heads of 64, feed-forward 2048 (section 3.3, table
+    3)."""
     with torch.device("meta"):  # shapes without memory
         model = Transformer(37000, dim=512, num_heads=8, num_layers=6)
     assert len(model.encoder) == len(model.decoder) == 6
     assert model.encoder[0].feed_forward[0].weight.shape == (2048, 512)
     attention = model.decoder[5].cross_attention
-    assert attention.query.weight.shape == (512, 512) and attention.key_value.weight.shape == (1024, 512)
+    assert {projection.weight.shape for projection in projections(attention)} == {(512, 512)}
     assert attention.split_heads(torch.empty(2, 7, 512, device="meta")).shape == (2, 8, 7, 64)
-    # By hand: 4 d^2 an attention, 2 d f + f + d a feed-forward, 2 d a norm, and one matrix of embeddings.
+    # By hand: 4 d^2 an attention, 2 d f + f + d a feed-forward, 2 d a norm, and one matrix of
+    # embeddings.
     d, f = 512, 2048
     encoder, decoder = 4 * d * d + 2 * d * f + f + d + 4 * d, 8 * d * d + 2 * d * f + f + d + 6 * d
-    assert sum(parameter.numel() for parameter in model.parameters()) == 37000 * d + 6 * (encoder + decoder)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 37000 * d + 6 * (
+        encoder + decoder
+    )
 
 
 def test_logits_have_the_contracts_shape():
     model = Transformer(
-        vocab_size=V, dim=8, num_heads=2, num_layers=1, ffn_dim=16, dropout=0.1, tie_embeddings=True, pad_id=PAD
+        vocab_size=V,
+        dim=8,
+        num_heads=2,
+        num_layers=1,
+        ffn_dim=16,
+        dropout=0.1,
+        tie_embeddings=True,
+        pad_id=PAD,
     )
     source, decoder_input, _ = make_batch()
     assert model(source, decoder_input).shape == (4, 15, V)
@@ -229,9 +298,11 @@ def test_logits_have_the_contracts_shape():
 def test_tied_and_untied_embeddings():
     tied, untied = make_model(), make_model(tie_embeddings=False)
     assert tied.source_embedding.weight is tied.target_embedding.weight is tied.output.weight
-    assert len({id(weight) for weight in (
-        untied.source_embedding.weight, untied.target_embedding.weight, untied.output.weight)}) == 3  # fmt: skip
-    numbers = [sum(parameter.numel() for parameter in model.parameters()) for model in (tied, untied)]
+    layers = (untied.source_embedding, untied.target_embedding, untied.output)
+    assert len({id(layer.weight) for layer in layers}) == 3
+    numbers = [
+        sum(parameter.numel() for parameter in model.parameters()) for model in (tied, untied)
+    ]
     assert numbers[1] - numbers[0] == 2 * V * 16
     # A loaded state stays tied.
     tied.load_state_dict(make_model().state_dict())
@@ -240,12 +311,19 @@ def test_tied_and_untied_embeddings():
 
 @pytest.mark.parametrize("dim, num_heads", [(32, 1), (128, 4)])
 def test_the_first_loss_is_near_chance(dim, num_heads):
-    """ln(14) = 2.64 is what a model without an opinion has. With PyTorch's own N(0, 1) it starts far above."""
+    """ln(14) = 2.64 is what a model without an opinion has. With PyTorch's own N(0, 1) it
+    starts far above."""
 
     def first_loss(tie_embeddings: bool, std: float | None = None) -> float:
-        model = make_model(dim=dim, num_heads=num_heads, num_layers=6, tie_embeddings=tie_embeddings)
+        model = make_model(
+            dim=dim, num_heads=num_heads, num_layers=6, tie_embeddings=tie_embeddings
+        )
         if std:
-            for weight in {model.source_embedding.weight, model.target_embedding.weight, model.output.weight}:
+            for weight in {
+                model.source_embedding.weight,
+                model.target_embedding.weight,
+                model.output.weight,
+            }:
                 nn.init.normal_(weight, std=std)
         source, decoder_input, target = make_batch()
         with torch.no_grad():

@@ -11,15 +11,17 @@ import pytest
 import wandb
 
 from transformer_scratch import plots, tracking
-from transformer_scratch.data import Task, split_pairs
+from transformer_scratch.model import Transformer
+from transformer_scratch.run_folder import read_metrics
+from transformer_scratch.task import Task, split_pairs
 
 
 @pytest.fixture
 def offline_run(script, tiny, tmp_path, monkeypatch) -> SimpleNamespace:
     """A tiny training, tracked offline. -> its records, W&B's summary of it, and its files.
 
-    It is started from a program that uses W&B itself, as a notebook may. A child finds its parent's W&B process in the
-    environment, and that one works in the parent's folder.
+    It is started from a program that uses W&B itself, as a notebook may. A child finds its parent's
+    W&B process in the environment, and that one works in the parent's folder.
     """
     notebook = tmp_path / "notebook"
     notebook.mkdir()
@@ -34,77 +36,98 @@ def offline_run(script, tiny, tmp_path, monkeypatch) -> SimpleNamespace:
     folder = next(tmp_path.glob("run/wandb/offline-run-*"))
 
     def inspect(*options: str) -> str:
-        wandb_program = Path(sys.executable).with_name("wandb")
-        command = [wandb_program, "leet", "inspect", *options, "--json", folder]
+        program = Path(sys.executable).with_name("wandb")
+        command = [program, "leet", "inspect", *options, "--json", folder]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr or result.stdout
         return result.stdout
 
     records = [json.loads(line) for line in inspect().splitlines()]
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     return SimpleNamespace(
         folder=folder,
         records=records,
         summary=json.loads(inspect("--summary")),
-        metrics=metrics,
+        metrics=read_metrics(tmp_path / "run"),
         stderr=finished.stderr,
     )
 
 
+@pytest.mark.slow  # the quick tests have another offline run, in test_tracking.py
 def test_an_offline_run_holds_what_a_lab_looks_at(offline_run):
     summary, records = offline_run.summary["summary"], offline_run.records
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
     epochs = [row for row in offline_run.metrics if "val/loss_epoch" in row]
 
-    # The answers to the validation pairs, a table for each validation; at the end those to all pairs.
+    # A table of answers for each validation, and at the end one of the answers to all pairs.
     tables = sorted(offline_run.folder.glob("files/media/table/val/*.json"))
     assert len(tables) == len(epochs) == 2
-    table = json.loads(tables[0].read_text())
+    table = json.loads(tables[0].read_text(encoding="utf-8"))
     assert table["columns"] == ["pair", "target", "prediction", "right", "held out"]
     assert len(table["data"]) == 10 and all(row[4] for row in table["data"])
-    everything = json.loads(next(offline_run.folder.glob("files/media/table/test/*.json")).read_text())
+    (file,) = offline_run.folder.glob("files/media/table/test/*.json")
+    everything = json.loads(file.read_text(encoding="utf-8"))
     assert len(everything["data"]) == 100 and sum(row[4] for row in everything["data"]) == 20
     rows = {row[0]: row for row in everything["data"]}
     assert rows["8 4"][1] == "8 7 6 5 4 12" and rows["8 4"][3] == (rows["8 4"][1] == rows["8 4"][2])
 
     # Pictures, speed, norms and learning rate.
-    assert {"pictures/answers", "pictures/attention_cross", "pictures/attention_self"} < set(summary)
+    assert {"pictures/answers", "pictures/attention_cross", "pictures/attention_self"} < set(
+        summary
+    )
     assert all(row["tokens/s"] > 0 for row in history if "val/loss_epoch" in row)
     assert any("grad_norm" in row and "lr" in row for row in history)
 
     # The best epoch stands in the table of runs, and the x axis is the update.
     assert summary["val/loss_epoch"] == {"min": min(row["val/loss_epoch"] for row in epochs)}
     assert summary["val/exact_match"] == {"max": max(row["val/exact_match"] for row in epochs)}
-    axes = {m.get("name", m.get("glob_name")): m["step_metric"] for m in (r.get("metric") for r in records) if m}
+    defined = [record["metric"] for record in records if record.get("metric")]
+    axes = {m.get("name", m.get("glob_name")): m["step_metric"] for m in defined}
     assert axes["*"] == axes["val/loss_epoch"] == axes["val/exact_match"] == "step"
     assert axes["val/loss_step"] == "val/batch"
 
     # The article's steps: filter runs by their arguments, see the command line and the console.
-    assert offline_run.summary["config"]["num_datas"] == 320 and offline_run.summary["tags"] == ["run"]
-    assert "--num-datas" in next(r["environment"]["args"] for r in records if "args" in r.get("environment", {}))
+    assert offline_run.summary["config"]["num_datas"] == 320
+    assert offline_run.summary["tags"] == ["run"]
+    environments = [record.get("environment", {}) for record in records]
+    assert "--num-datas" in next(found["args"] for found in environments if "args" in found)
     assert any("val exact match" in line["line"] for line in offline_run.summary["console"])
     group = next(record["run"]["run_group"] for record in records if record["type"] == "run")
     assert group == offline_run.summary["name"]
 
-    assert not any(record["type"] == "artifact" and record["artifact"]["type"] == "model" for record in records)
+    artifacts = [record["artifact"] for record in records if record["type"] == "artifact"]
+    assert not any(artifact["type"] == "model" for artifact in artifacts)
     assert "warning" not in offline_run.stderr.lower()
 
 
-@pytest.mark.parametrize(("offline", "disabled", "expected"), [(False, False, 1), (True, False, 0), (False, True, 0)])
-def test_the_best_weights_go_up_only_online(offline, disabled, expected, monkeypatch, tmp_path):
-    import torch
+@pytest.mark.parametrize(
+    ("mode", "uploads", "draws"),
+    [("online", True, True), ("offline", False, True), ("disabled", False, False)],
+)
+def test_weights_are_uploaded_online_and_pictures_drawn_where_someone_looks(
+    mode, uploads, draws, monkeypatch, tmp_path
+):
+    artifacts, drawn, ends = [], [], []
 
-    from transformer_scratch.model import Transformer
+    def draw_run(*arguments: object) -> dict:
+        drawn.append("run")
+        return dict.fromkeys(("answers", "attention_cross", "attention_self"))
 
-    artifacts, drawn = [], []
-    monkeypatch.setattr(wandb, "run", SimpleNamespace(offline=offline, disabled=disabled, id="abc"))
+    def log_artifact(file: Path, **options: str) -> None:
+        artifacts.append((file, options))
+
+    started = SimpleNamespace(offline=mode == "offline", disabled=mode == "disabled", id="abc")
+    monkeypatch.setattr(wandb, "run", started)
     monkeypatch.setattr(wandb, "log", lambda row: None)
-    monkeypatch.setattr(plots, "draw_run", lambda *_: dict.fromkeys(("answers", "attention_cross", "attention_self")))
-    monkeypatch.setattr(plots, "save_figures", lambda figures, folder: drawn.extend(figures) or [])
-    monkeypatch.setattr(wandb, "log_artifact", lambda file, **options: artifacts.append((file, options)))
+    monkeypatch.setattr(wandb, "alert", lambda title, text: ends.append(text))
+    monkeypatch.setattr(wandb, "finish", lambda: ends.append("finished"))
+    monkeypatch.setattr(wandb, "log_artifact", log_artifact)
+    monkeypatch.setattr(plots, "draw_run", draw_run)
+    monkeypatch.setattr(plots, "save_figures", lambda figures, folder: [])
     task = Task()
-    torch.manual_seed(0)
     model = Transformer(vocab_size=14, dim=16, num_layers=1).eval()
-    tracking.log_results(SimpleNamespace(path=tmp_path), model, task, split_pairs(task, 0.2, 1))
-    assert artifacts == [(tmp_path / "best.pt", {"name": "best-abc", "type": "model"})] * expected
-    assert bool(drawn) != disabled  # nothing is drawn for nobody
+    run, row = SimpleNamespace(path=tmp_path / "run"), {"test/exact_match": 0.25}
+    tracking.finish_wandb(run, row, model, task, split_pairs(task, 0.2, 1))
+    assert ends == ["run: test exact match 25.0%", "finished"]
+    weights = (tmp_path / "run/best.pt", {"name": "best-abc", "type": "model"})
+    assert artifacts == [weights] * uploads
+    assert bool(drawn) == draws

@@ -3,7 +3,7 @@
 Shapes: B batch, H heads, T query positions, S key positions, D model width (dim),
 K head dim (D / H).
 
-Masks, in all of this project: boolean, True at (i, j) means that query i may attend to key j, and
+Masks, throughout this project: boolean, True at (i, j) means that query i may attend to key j, and
 broadcastable to (B, H, T, S).
 """
 
@@ -34,12 +34,12 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) ->
     """softmax(QK^T / sqrt(d_k)), the weights of equation (1).
 
     query: (B, H, T, K), key: (B, H, S, K), mask broadcastable to (B, H, T, S) -> (B, H, T, S).
-    A query that may attend to no key gets weights of zero instead of NaN, with finite gradients.
+    A query with no allowed key gets weights of zero, not NaN, and its gradients stay finite.
     """
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (B, H, T, S)
     if mask is None:
         return scores.softmax(dim=-1)
-    # The lowest finite number rather than -inf: the softmax of a row of -inf alone is 0/0.
+    # The lowest finite number rather than -inf: the softmax of a row of only -inf is 0/0.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
 
@@ -51,7 +51,7 @@ def scaled_dot_product_attention(
 
     query: (B, H, T, K), key and value: (B, H, S, K) -> (B, H, T, K).
     PyTorch's fused kernel of the same name computes this without storing the (T, S) weights. The
-    model runs the kernel; a test proves that the two are equal.
+    model runs the kernel; a test checks that the two agree up to rounding.
     """
     return attention_weights(query, key, mask) @ value
 
@@ -97,6 +97,9 @@ class MultiHeadAttention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """query: (B, H, T, K), key and value: (B, H, S, K) -> (B, T, D)."""
+        """Attend, merge the heads, project.
+
+        query: (B, H, T, K), key and value: (B, H, S, K) -> (B, T, D).
+        """
         heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self.output(heads.transpose(1, 2).flatten(2))  # (B, T, D)

@@ -63,7 +63,7 @@ class PairDataset(Dataset):
     """N samples of pairs that are stored once, as tensors; a batch is fetched in one operation."""
 
     def __init__(self, task: Task, pairs: list[Pair], sample_pairs: Tensor | None = None):
-        """sample_pairs: (N,) int64, the index of each sample's pair; None takes each pair once."""
+        """sample_pairs: (N,) int64, the index of each sample's pair; None: each pair once."""
         self.pairs = pairs
         self.sample_pairs = torch.arange(len(pairs)) if sample_pairs is None else sample_pairs
         self.source = torch.tensor([task.encode_source(pair) for pair in pairs])  # (P, seq_len)
@@ -98,7 +98,7 @@ class BatchSampler(Sampler):
     """The samples of each batch of an epoch, the same whenever seed and epoch are the same.
 
     A global batch is shared out to the processes, batch_size samples to each. Training (shuffle)
-    leaves out the samples that fill no global batch; otherwise every sample comes once, in order.
+    drops what is left over after the last full one; otherwise every sample comes once, in order.
     """
 
     def __init__(
@@ -139,14 +139,15 @@ class BatchSampler(Sampler):
                 index += 1
 
     def updates(self) -> list[Tensor]:
-        """The samples of each update of this epoch, in order of length where it trains.
+        """The samples of each update of this epoch, a list of int64 tensors.
 
-        A list of int64 tensors. The last update may have fewer batches than the others.
+        In training the updates come in random order, and the samples of each are sorted by length.
+        The last update may have fewer batches than the others.
         """
         size = self.batch_size * self.world_size * self.accumulate
         if not self.shuffle:
             return list(torch.arange(len(self.dataset)).split(size))
-        # A generator on the CPU takes 32 bits for a seed: both numbers are hashed into those.
+        # The CPU's generator uses only 32 bits of a seed: both numbers are hashed into those.
         seed = random.Random(f"{self.seed} {self.epoch}").getrandbits(32)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.dataset), generator=generator)
@@ -155,7 +156,8 @@ class BatchSampler(Sampler):
         whole = len(order) - len(order) % size
         updates = []
         for window in order[:whole].split(size * UPDATES_PER_WINDOW):
-            updates += self.sort_by_length(window).split(size)
+            if len(window):  # splitting nothing yields one empty window
+                updates += self.sort_by_length(window).split(size)
         shuffled = torch.randperm(len(updates), generator=generator).tolist()
         updates = [updates[index] for index in shuffled]
         if whole < len(order):
@@ -203,9 +205,9 @@ def make_loaders(
 def make_loader(
     sampler: BatchSampler, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """Fetch whole batches.
+    """A loader of whole batches.
 
-    A loader draws a seed for its workers: from its own generator, not from the one of dropout.
+    It draws its workers' seed from its own generator, so that dropout's stream is untouched.
     """
     return DataLoader(
         sampler.dataset,
@@ -225,5 +227,5 @@ def unchanged(batch: Batch) -> Batch:
 
 
 def leave_process_group(worker: int) -> None:
-    """A terminal sends Ctrl-C to the whole group, but the workers must outlive the saving."""
+    """Leave the terminal's group: Ctrl-C must not kill workers before the state is saved."""
     os.setpgrp()

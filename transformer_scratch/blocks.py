@@ -18,7 +18,7 @@ class FeedForward(nn.Sequential):
 class AddAndNorm(nn.Module):
     """LayerNorm(x + Dropout(Sublayer(x))), sections 3.1 and 5.4, around every sub-layer.
 
-    Nothing else in a block is dropped out.
+    There is no other dropout in a block.
     """
 
     def __init__(self, dim: int, dropout: float):

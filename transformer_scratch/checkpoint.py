@@ -52,7 +52,7 @@ def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) 
     """Write under a temporary name, force to the disk, rename: there never is half a file.
 
     The file of that name from before becomes keep_old_as, once the new one is safe on the disk.
-    Raises TrainingFault when the disk does not take the file; what was there before stays.
+    Raises TrainingFault when the file cannot be written; what was there before stays.
     """
     content = {"format": FORMAT, **content}
     content["checksum"] = checksum(content)

@@ -91,7 +91,7 @@ class Config:
     run_dir: str | None = None
     """Folder of this run. None: runs/ and a name made of the settings."""
     save_every: int = 0
-    """Updates between two savings of last.pt within an epoch. 0 = only at its end."""
+    """Updates between two saves of last.pt within an epoch. 0 = only at its end."""
     save_top_k: int = 10
     """How many epoch=K.pt to keep, by lowest validation loss."""
     log_every: int = 10

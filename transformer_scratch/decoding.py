@@ -1,4 +1,4 @@
-"""Greedy decoding: the model's own answer, token by token, without a glance at the target.
+"""Greedy decoding: the model's own answer, token by token, without seeing the target.
 
 Shapes: B batch, S source positions, T decoded positions, D model width, H heads, K head dim,
 V vocabulary.
@@ -23,7 +23,7 @@ def greedy_decode(
 ) -> Tensor:
     """Start with start_id and append the likeliest token, up to end_id or to max_len tokens.
 
-    source: (B, S) ids -> (B, max_len) ids: no start token, but end_id, then the model's pad_id.
+    source: (B, S) ids -> (B, max_len) ids: no start token; after end_id the model's pad_id.
     Call model.eval() first: dropout would make the answer random.
     """
     memory = model.encode(source, source_is_padded)  # (B, S, D)
@@ -31,22 +31,22 @@ def greedy_decode(
     caches = [KeyValueCache(block, memory, max_len) for block in model.decoder]
     decoded = source.new_full((len(source), max_len), model.pad_id)  # (B, T)
     token = source.new_full((len(source), 1), start_id)  # (B, 1)
-    rows = torch.arange(len(source), device=source.device)  # the rows of `decoded` that still grow
+    rows = torch.arange(len(source), device=source.device)  # rows not yet finished
 
     for position in range(max_len):
         logits = decode_step(model, token, position, caches, memory_mask)  # (B, V)
         token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
         decoded[rows, position] = token.squeeze(1)
 
-        # Asking which sequences go on waits for the device: once for each position.
-        growing = (token.squeeze(1) != end_id).nonzero().squeeze(1)
-        if len(growing) == 0:
+        # nonzero() makes the host wait for the device, once per position.
+        unfinished = (token.squeeze(1) != end_id).nonzero().squeeze(1)
+        if len(unfinished) == 0:
             break
-        if len(growing) < len(rows):  # a finished sequence costs nothing from here on
-            rows, token = rows[growing], token[growing]
-            memory_mask = memory_mask[growing] if memory_mask is not None else None
+        if len(unfinished) < len(rows):  # a finished sequence costs nothing from here on
+            rows, token = rows[unfinished], token[unfinished]
+            memory_mask = memory_mask[unfinished] if memory_mask is not None else None
             for cache in caches:
-                cache.keep_rows(growing)
+                cache.keep_rows(unfinished)
 
     return decoded
 

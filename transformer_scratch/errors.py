@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -26,11 +26,14 @@ class Stopped(Exception):
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
-        self.exit_code = 128 + signal_number  # as shells have it
+        self.exit_code = 128 + signal_number  # the convention of shells
+
+
+endings: list[ExitStack] = []  # what to undo when the main function that runs ends
 
 
 def exits_cleanly(main: Callable) -> Callable:
-    """Let a main function end in one way: it returns, or it says why in a line and exits.
+    """Let main either return, or print one line that says why and exit.
 
     Exit codes: 2 BadInput, 128 + signal Stopped, 1 anything else; a fault of the program keeps its
     traceback. Before that, whatever main changed in the process is undone (see when_main_ends).
@@ -55,7 +58,7 @@ def exits_cleanly(main: Callable) -> Callable:
         except TrainingFault as error:
             leave(1, str(error))
         except KeyboardInterrupt:
-            leave(130, "interrupted before there was anything to save")
+            leave(130, "interrupted; there was nothing to save")
         except BrokenPipeError:
             # Whoever read the output has left, as `head` does: there is nobody to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,14 +72,11 @@ def exits_cleanly(main: Callable) -> Callable:
     return run
 
 
-endings: list[ExitStack] = []
-
-
 def when_main_ends(function: Callable, *arguments: object) -> None:
-    """Call the function when main ends, however it ends: to give back what is process-wide."""
+    """Call the function when main ends, however it ends: to undo a process-wide change."""
     if endings:
         endings[-1].callback(function, *arguments)
-    else:  # called by something else than a main function
+    else:  # called outside a main function
         atexit.register(function, *arguments)
 
 
@@ -99,11 +99,12 @@ def remedy(error: Exception) -> str | None:
 
 
 def leave(code: int, message: str, every_process: bool = False) -> None:
-    """Say why, and exit. What all processes know, the main one says for all of them."""
+    """Say why, and exit. A message common to all processes is printed by the main one."""
     if every_process or rank() in (None, "0"):
         label = "error" if code in (1, 2) else "stopped"
         label += f" in process {rank()}" if rank() else ""
-        print(f"{label}: {message}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone; the exit code says it, too
+            print(f"{label}: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         )
 
     def initialise(self) -> None:
-        """Draw embeddings and output matrix from N(0, 1/dim); other layers keep PyTorch's start.
+        """Draw embeddings and output matrix from N(0, 1/dim); the rest keeps PyTorch's default.
 
         Multiplied by sqrt(dim) (section 3.4), an embedding then has the scale of the positional
         encoding that is added to it, and the first logits are small. With PyTorch's own N(0, 1)
@@ -94,8 +94,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """source: (B, S) ids, decoder_input: (B, T) ids -> logits: (B, T, V).
 
-        The logits at a position predict the token after it. source_is_padded False promises that
-        the source holds no padding, so that no mask is needed.
+        The logits at a position predict the token after it. source_is_padded=False promises that
+        the source has no padding, so no mask is needed.
         """
         memory = self.encode(source, source_is_padded)
         memory_mask = padding_mask(source, self.pad_id) if source_is_padded else None

@@ -109,10 +109,11 @@ def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits
         ("right, trained", LIGHT_BLUE),
         ("right, never seen", BLUE),
         ("wrong, trained", ORANGE),
+        ("wrong, never seen", RED),
     ]
-    groups.append(("wrong, never seen", RED))
-    grid = torch.tensor([[2 * (not predictions[a, b].exact) + ((a, b) not in trained) for b in range(size)]
-                         for a in range(size)])  # fmt: skip
+    grid = torch.empty(size, size, dtype=torch.int64)  # an index into the groups for each pair
+    for pair, prediction in predictions.items():
+        grid[pair] = 2 * (not prediction.exact) + (pair not in trained)
     counts = grid.flatten().bincount(minlength=4).tolist()
     figure = Figure(figsize=(13, 10), layout="constrained")
     axes = figure.subplots()
@@ -136,15 +137,20 @@ def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits
             fontweight="bold",
         )
 
-    handles = [Patch(color=colour, label=f"{name}: {count}")
-               for (name, colour), count in zip(groups, counts, strict=True) if count]  # fmt: skip
+    handles = [
+        Patch(color=colour, label=f"{name}: {count}")
+        for (name, colour), count in zip(groups, counts, strict=True)
+        if count
+    ]
     axes.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, title="pairs"
     )
     if wrong:
         answers = [" ".join(token_names(task, predictions[pair].tokens)) for pair in wrong[:8]]
-        lines = [f"{a} {b} → {textwrap.shorten(text, 24, placeholder=' …')}"
-                 for (a, b), text in zip(wrong, answers, strict=False)]  # fmt: skip
+        lines = [
+            f"{a} {b} → {textwrap.shorten(text, 24, placeholder=' …')}"
+            for (a, b), text in zip(wrong, answers, strict=False)
+        ]
         lines += [f"… and {len(wrong) - 8} more"] if len(wrong) > 8 else []
         axes.text(
             1.05, 0.6, "\n".join(["wrong answers (×):", *lines]), transform=axes.transAxes, va="top"
@@ -170,9 +176,11 @@ def draw_attention(
         for name, item in recorded.items()
         if name.startswith("decoder") and name.endswith(kind)
     ]
-    panels = [(f"layer {layer}, head {head}", weights.masked_fill(~item.allowed, math.nan))
-              for layer, item in enumerate(layers, start=1)
-              for head, weights in enumerate(item.weights, start=1)]  # fmt: skip
+    panels = [
+        (f"layer {layer}, head {head}", weights.masked_fill(~item.allowed, math.nan))
+        for layer, item in enumerate(layers, start=1)
+        for head, weights in enumerate(item.weights, start=1)
+    ]
     num_heads = len(layers[0].weights)
     across = num_heads if num_heads > 1 else min(3, len(panels))
     down = math.ceil(len(panels) / across)

@@ -1,4 +1,4 @@
-"""Where a training stands: the counters, sums and ranking that a resumed run needs."""
+"""How far a run has got: the counters, sums and ranking that a resumed run needs."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ class Progress:
     epoch: the epoch in progress, from 0. batch: how many of its batches are done. step: updates
     done. ranking: [validation loss, epoch] of the checkpoints that are kept, the best first.
     epoch_loss: loss x tokens, summed over this process's batches of the epoch, on the device.
-    epoch_tokens: the tokens of these batches.
+    epoch_tokens: the target tokens in those batches.
     """
 
     def __init__(self, device: torch.device):

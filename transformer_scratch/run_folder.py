@@ -9,6 +9,7 @@ import os
 import sys
 import uuid
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ from transformer_scratch.errors import BadInput, TrainingFault, when_main_ends
 from transformer_scratch.processes import Processes
 
 RUNS = Path("runs")
-# Each process has its own; all else in a checkpoint is the same in every process.
+# These differ between processes; the rest of a checkpoint is the same in all of them.
 OWN_TO_EACH_PROCESS = ("progress", "rng")
 
 
 class RunFolder:
-    """The folder of the run in progress. All processes call it; the main one alone writes.
+    """The folder of the run in progress. All processes call it; only the main one writes.
 
     checkpoint: the state to resume, None for a new run.
     Raises BadInput when the folder cannot be made or written, or is in use.
@@ -39,20 +40,20 @@ class RunFolder:
         self.wandb_id = checkpoint["wandb_id"] if checkpoint else new_id
         self.waiting: list[dict] = []
         self.path = Path(processes.run_on_main(lambda: config.resume or create_folder(config)))
-        processes.run_on_main(lambda: self.open(checkpoint))
+        processes.run_on_main(lambda: self.prepare(checkpoint))
 
     @property
     def is_main(self) -> bool:
         return self.processes.is_main
 
-    def open(self, checkpoint: dict | None) -> None:
+    def prepare(self, checkpoint: dict | None) -> None:
         """Lock the folder and clear away what a killed process left half written."""
         try:
             lock = lock_folder(self.path)
             for unfinished in self.path.glob("*.pt.*.tmp"):
                 unfinished.unlink()
             if checkpoint and checkpoint["file"] != str(self.path / "last.pt"):
-                # last.pt is damaged or gone: it must not become previous.pt at the next saving.
+                # last.pt is damaged or gone: it must not become previous.pt at the next save.
                 link(self.path / "previous.pt", self.path / "last.pt")
             self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
             self.write_config()
@@ -94,21 +95,21 @@ class RunFolder:
             row[name] = number
         for row in rows:
             if row.get("skipped"):
-                row["grad_norm"] = None  # it was infinite: that is why fp16 skipped the update
+                row["grad_norm"] = None  # not finite: that is why fp16 skipped the update
             self.write(row)
         return rows[-1]
 
     def write(self, row: dict) -> None:
         """Add a line to metrics.jsonl.
 
-        Raises TrainingFault when a number is not finite, or when the disk does not take the line.
+        Raises TrainingFault when a number is not finite, or when the line cannot be written.
         """
         for name, number in row.items():
             if isinstance(number, float) and not math.isfinite(number):
                 at_lr = f" at learning rate {row['lr']:g}" if "lr" in row else ""
                 raise TrainingFault(
                     f"bad numbers at step {row['step']}: {name} is {number}{at_lr}. Try a smaller "
-                    "--lr, a longer --warmup-steps, or --amp off. last.pt is from before that"
+                    "--lr, a longer --warmup-steps, or --amp off. last.pt was saved before this"
                 )
         if not self.is_main:
             return
@@ -127,7 +128,10 @@ class RunFolder:
             return
         missing = size - self.metrics.seek(0, os.SEEK_END)
         if missing > 0:
-            print(f"warning: {self.metrics.name} lacks {missing} bytes", file=sys.stderr)
+            print(
+                f"warning: {self.metrics.name} lacks {missing} bytes that the checkpoint expects",
+                file=sys.stderr,
+            )
         else:
             self.metrics.truncate(size)
 
@@ -140,7 +144,7 @@ class RunFolder:
     # ------------------------------------------------------------------------------ checkpoints
 
     def save(self, everything: dict) -> None:
-        """Write last.pt: the state of everything that decides the next update, by its state_dict().
+        """Write last.pt: the state_dict() of everything the next update depends on.
 
         The last.pt from before stays as previous.pt.
         """
@@ -179,7 +183,7 @@ class RunFolder:
                 )
 
     def save_best(self, ranking: list, epoch: int, **content: object) -> None:
-        """Write epoch=K.pt if it is ranked, drop what is no longer, point best.pt to the first."""
+        """Write epoch=K.pt if it is ranked, delete those no longer ranked, set best.pt."""
         if not self.is_main:
             return
         kept = [ranked_epoch for _, ranked_epoch in ranking]
@@ -207,14 +211,14 @@ def environment() -> dict[str, object]:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, without a last one that was only half written."""
+    """The rows of a run's metrics.jsonl, leaving out a half-written last one."""
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def lock_folder(path: Path) -> object:
-    """Take the folder for this process alone. -> the lock, which closing gives back.
+def lock_folder(path: Path) -> TextIO:
+    """Take the folder for this process alone. -> the lock; close it to release it.
 
     A POSIX record lock: the kernel drops it when its owner dies, and a forked data worker never
     owns it. Raises BadInput when another process trains in the folder.

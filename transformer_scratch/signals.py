@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run after the current update, once its state is saved."""
+"""Ctrl-C, SIGTERM and a closed terminal stop a run after an update, once its state is saved."""
 
 import os
 import signal
@@ -10,18 +10,21 @@ from transformer_scratch.processes import Processes
 
 
 class Signals:
-    """Remembers the first signal. A second Ctrl-C leaves at once, with the files as they are."""
+    """Remembers the first signal. A Ctrl-C after it exits at once, with the files as they are."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
         self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            when_main_ends(signal.signal, number, signal.signal(number, self.remember))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if before != signal.SIG_IGN:  # nohup ignores SIGHUP: that is to stay so
+                signal.signal(number, self.remember)
+                when_main_ends(signal.signal, number, before)
 
     def remember(self, number: int, frame: object) -> None:
         if self.received and number == signal.SIGINT:
             os._exit(128 + number)
-        self.received = number
+        self.received = self.received or number
 
     def exchange(self) -> int:
         """The number of a signal that any process has received, 0 for none; the same on all.

@@ -1,4 +1,4 @@
-"""Lesson 7: another task is one small class. The model, the loop and the evaluation stay as they are.
+"""Lesson 7: another task is one small class; model, loop and evaluation stay as they are.
 
 python -m docs.lessons.change_task sort        3 1 2 -> 1 2 3
 python -m docs.lessons.change_task reverse     3 1 2 -> 2 1 3
@@ -11,18 +11,18 @@ from itertools import product
 
 import train
 from transformer_scratch import config
-from transformer_scratch.data import Task
+from transformer_scratch.task import Task
 
 
 class Sort(Task):
     def all_pairs(self) -> list[tuple]:
-        return list(product(range(self.num_categories), repeat=3))  # three digits now, so 1,000 questions
+        return list(product(range(self.num_categories), repeat=3))  # three digits, 1,000 questions
 
     def answer(self, digits: tuple) -> list[int]:
         return sorted(digits)
 
     def kinds(self, digits: tuple) -> list[tuple]:
-        return []  # nothing must stay in training, so the held-out questions are drawn at random
+        return []  # nothing that must stay in training: questions are held out at random
 
 
 class Reverse(Sort):
@@ -38,6 +38,6 @@ class Add(Sort):
 if __name__ == "__main__":
     name, *flags = sys.argv[1:] or ["sort"]
     train.Task = config.Task = {"sort": Sort, "reverse": Reverse, "add": Add}[name]
-    # Not into runs/, where evaluate.py would take the newest for one that counts.
+    # Not in runs/: evaluate.py takes the newest run there, and knows only the package's task.
     folder = ["--run-dir", tempfile.mkdtemp(prefix=f"{name}-")]
     train.main(["--num-layers", "2", "--wandb", "disabled", *folder, *flags])

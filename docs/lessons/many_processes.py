@@ -1,9 +1,8 @@
-"""Lesson 6: two processes with half the batch each take the same steps as one process with the whole batch.
+"""Lesson 6: two processes with half the batch each take the steps of one with the whole batch.
 
 python -m docs.lessons.many_processes
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -12,50 +11,63 @@ from pathlib import Path
 
 import torch
 
-from transformer_scratch.data import BatchSampler, Task, make_datasets, split_pairs
+from transformer_scratch.batches import BatchSampler, make_datasets
+from transformer_scratch.run_folder import read_metrics
+from transformer_scratch.task import Task, split_pairs
 
-BATCH, SAMPLES = 64, 640
-FLAGS = ["--dim", "16", "--num-layers", "1", "--num-datas", str(SAMPLES), "--max-epochs", "1", "--warmup-steps", "5"]
-FLAGS += ["--dropout", "0", "--wandb", "disabled"]  # each process rolls its own dice, so no dropout here
+BATCH, SAMPLES, SEED = 64, 640, 42
+FLAGS = ["--dim", "16", "--num-layers", "1", "--num-datas", str(SAMPLES), "--max-epochs", "1"]
+FLAGS += ["--warmup-steps", "5", "--accelerator", "cpu", "--wandb", "disabled"]
+FLAGS += ["--dropout", "0"]  # its random numbers differ between the processes
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 def show_shares() -> None:
     """Which samples of the first batch each process takes."""
     task = Task()
-    data, _, _ = make_datasets(task, split_pairs(task, 0.2, 42), SAMPLES, 42)
+    data, _, _ = make_datasets(task, split_pairs(task, 0.2, SEED), SAMPLES, SEED)
     print(f"the first batch of {BATCH}, by sample number")
     for rank, world_size in ((0, 1), (0, 2), (1, 2)):
-        samples, update_tokens = next(iter(BatchSampler(data, BATCH // world_size, True, 42, 1, rank, world_size)))
-        tokens = int(data.target_lengths[data.rows[samples]].sum())
-        first = " ".join(map(str, samples[:4].tolist()))
-        print(f"process {rank} of {world_size}: {len(samples)} samples {first} ...; {tokens} of {update_tokens} tokens")
+        sampler = BatchSampler(
+            data, BATCH // world_size, True, SEED, rank=rank, world_size=world_size
+        )
+        samples, update_tokens, _ = next(iter(sampler))
+        tokens = int(data.target_lengths[samples].sum())
+        first = " ".join(str(sample) for sample in samples[:4].tolist())
+        print(
+            f"process {rank} of {world_size}: {len(samples)} samples {first} ...; "
+            f"{tokens} of {update_tokens} tokens"
+        )
 
 
 def train(world_size: int, folder: Path) -> list[dict]:
     """Run train.py in one process, or in several under torchrun. -> the rows of its updates."""
-    start = [sys.executable]
+    starter = [sys.executable]
     if world_size > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    batch = ["--batch-size", str(BATCH // world_size), "--run-dir", str(folder)]
-    threads = {"OMP_NUM_THREADS": "1"}  # two processes share the cores of one
-    subprocess.run([*start, TRAIN, *FLAGS, *batch], check=True, capture_output=True, env={**os.environ, **threads})
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "train/loss_step" in row]
+        starter += ["-m", "torch.distributed.run", "--standalone"]
+        starter += ["--nproc-per-node", str(world_size)]
+    flags = [*FLAGS, "--batch-size", str(BATCH // world_size), "--run-dir", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes share the cores of one
+    subprocess.run([*starter, TRAIN, *flags], check=True, capture_output=True, env=environment)
+    return [row for row in read_metrics(folder) if "train/loss_step" in row]
 
 
 def main() -> float:
     """-> the largest difference between two weights at the end."""
     show_shares()
     with tempfile.TemporaryDirectory() as place:
-        one, two = (train(world_size, Path(place, str(world_size))) for world_size in (1, 2))
-        weights = [torch.load(Path(place, name, "last.pt"))["model"] for name in ("1", "2")]
+        folders = {world_size: Path(place, str(world_size)) for world_size in (1, 2)}
+        one, two = (train(world_size, folder) for world_size, folder in folders.items())
+        weights = [torch.load(folder / "last.pt")["model"] for folder in folders.values()]
     print("\nupdate  loss, one process  loss, two processes  gradient norms")
     for a, b in zip(one, two, strict=True):
         losses = f"{a['train/loss_step']:<18.6f}{b['train/loss_step']:<21.6f}"
         print(f"{a['step']:<8}{losses}{a['grad_norm']:.5f} {b['grad_norm']:.5f}")
     difference = max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0])
-    print(f"\nlargest difference between two weights at the end: {difference:.1e} (sums in another order, no more)")
+    print(
+        f"\nlargest difference between two weights at the end: {difference:.1e} "
+        "(sums in another order, no more)"
+    )
     return difference
 
 

@@ -1,8 +1,8 @@
-"""Lesson 4: what autocast computes in which type, why fp16 needs a scaled loss, and what an overflow does.
+"""Lesson 4: what autocast computes in which type, why fp16 needs a scaled loss, what overflow does.
 
     python -m docs.lessons.mixed_precision
 
-On a CPU, so that it runs everywhere; on a GPU the same lines are only faster.
+It runs on the CPU, which everybody has; on a GPU the same lines are only faster.
 """
 
 import math
@@ -10,45 +10,57 @@ import math
 import torch
 from torch import nn
 
-from docs.lessons.small_training import small_model, token_loss
-from transformer_scratch.data import BatchSampler, PairDataset, Task
+from docs.lessons.small_training import one_batch, small_model, token_loss
+from transformer_scratch.batches import PairDataset
+from transformer_scratch.task import Task
 
 
 def show_types() -> None:
-    """Which operation autocast runs in half precision, and which stays in float32."""
+    """Which operations autocast runs in half precision, and which stay in float32."""
     linear = nn.Linear(8, 8)
-    print(
-        "1. under autocast(float16): matrix products in half precision; weights, their gradients and the loss are not"
-    )
+    print("1. under autocast(float16): matrix products in half precision, all else in float32")
     with torch.amp.autocast("cpu", dtype=torch.float16):
         product = linear(torch.randn(2, 8))
         loss = nn.functional.cross_entropy(product, torch.tensor([0, 1]))
     loss.backward()
-    tensors = {"weights": linear.weight, "product": product, "loss": loss, "gradient": linear.weight.grad}
+    tensors = {
+        "weights": linear.weight,
+        "product": product,
+        "loss": loss,
+        "gradient": linear.weight.grad,
+    }
     for name, tensor in tensors.items():
         print(f"   {name:<12}{str(tensor.dtype).removeprefix('torch.')}")
 
 
 def show_small_gradients() -> None:
-    """fp16 ends at 6e-8: a gradient below that is zero. The scaler multiplies the loss, and so every gradient."""
+    """The smallest number above zero in fp16 is 6e-8: a smaller gradient becomes zero.
+
+    The scaler multiplies the loss by its scale, and so every gradient.
+    """
     print("\n2. one number, 1e-8, as a gradient in fp16")
     tiny = torch.tensor(1e-8)
     for scale in (1.0, 2.0**16):
         stored = (tiny * scale).half()
         unscaled = stored.float() / scale
-        print(f"   loss scaled by {scale:<8g} stored {stored.item():<12.3g} after unscaling {unscaled.item():.3g}")
+        print(
+            f"   loss scaled by {scale:<8g} stored {stored.item():<12.3g} "
+            f"after unscaling {unscaled.item():.3g}"
+        )
 
 
 def train_through_an_overflow() -> list[tuple[float, bool]]:
-    """Eight steps from a scale that is far too large. -> for each step the scale, and whether the weights moved."""
+    """Take eight steps from a scale that is far too large.
+
+    -> for each step the scale, and whether the weights moved.
+    """
     print("\n3. eight steps with a scale that starts far too large")
     print("   step  scale     gradient norm  weights moved")
     task = Task()
     model = small_model(task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
-    data = PairDataset(task, task.all_pairs())
-    batch = data[next(iter(BatchSampler(data, batch_size=100)))]
+    batch = one_batch(PairDataset(task, task.all_pairs()))
     history = []
     for step in range(1, 9):
         scale, before = scaler.get_scale(), model.output.weight.detach().clone()
@@ -58,12 +70,13 @@ def train_through_an_overflow() -> list[tuple[float, bool]]:
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)  # does nothing where a gradient is inf or nan
-        scaler.update()  # then halves the scale; after growth_interval good steps it doubles it
+        scaler.update()  # an overflow halves the scale, growth_interval good steps double it
         optimizer.zero_grad()
         moved = not model.output.weight.equal(before)
         history.append((scale, moved))
         power = f"2^{math.log2(scale):.0f}"
-        print(f"   {step:<6}{power:<10}{grad_norm.item():<15.3g}{'yes' if moved else 'no: skipped'}")
+        yes_or_no = "yes" if moved else "no: skipped"
+        print(f"   {step:<6}{power:<10}{grad_norm.item():<15.3g}{yes_or_no}")
     return history
 
 

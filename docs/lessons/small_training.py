@@ -1,4 +1,4 @@
-"""The shortest loop that trains the model, for lessons that try one thing on a small one. The real loop is train.py."""
+"""A short training of a small model, for lessons that try one thing. The real one is train.py."""
 
 from collections.abc import Callable
 
@@ -6,38 +6,54 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transformer_scratch.data import Batch, BatchSampler, Pair, PairDataset, Task
+from transformer_scratch.batches import Batch, BatchSampler, PairDataset
 from transformer_scratch.evaluation import exact_match, predict
+from transformer_scratch.hardware import choose_threads
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
-from transformer_scratch.runtime import prepare_cpu
+from transformer_scratch.task import Pair, Task
+
+BATCH_SIZE = 128
 
 
-def token_loss(model: nn.Module, batch: Batch) -> Tensor:
+def token_loss(model: Transformer, batch: Batch) -> Tensor:
     """The mean cross-entropy over the target's tokens, as in train.py."""
     logits = model(batch.source, batch.decoder_input)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=model.pad_id)
+    target = batch.target.flatten()
+    return F.cross_entropy(logits.flatten(0, 1), target, ignore_index=model.pad_id)
 
 
-def small_model(task: Task, seed: int = 1, kind: type[Transformer] = Transformer, **options) -> Transformer:
-    """The default model with two layers instead of six, which learn the task in a third of the time."""
+def one_batch(data: PairDataset) -> Batch:
+    """All samples in one batch."""
+    return data[next(iter(BatchSampler(data, batch_size=len(data))))]
+
+
+def small_model(
+    task: Task, seed: int = 1, kind: type[Transformer] = Transformer, **options
+) -> Transformer:
+    """The default model with two layers for six: it learns the task in a third of the time."""
     torch.manual_seed(seed)
     return kind(task.vocab_size, pad_id=task.pad_id, **{"dim": 32, "num_layers": 2, **options})
 
 
 def train_small(
-    model: Transformer, task: Task, pairs: list[Pair], steps: int, loss_of: Callable = token_loss, seed: int = 1
+    model: Transformer,
+    task: Task,
+    pairs: list[Pair],
+    steps: int,
+    loss_of: Callable[[Transformer, Batch], Tensor] = token_loss,
+    seed: int = 1,
 ) -> float:
-    """Train in place, in batches of 128 drawn from the pairs. -> the mean loss of the last 20 steps."""
-    prepare_cpu(model.dim, 128)
+    """Train in place, on random batches of the pairs. -> the mean loss of the last 20 steps."""
+    choose_threads(model.dim, BATCH_SIZE)
     torch.manual_seed(seed)
-    data = PairDataset(task, pairs, torch.randint(len(pairs), (steps * 128,)))
-    optimizer = make_optimizer(model, lr=1.5e-3, weight_decay=0.1, fused=True)
+    data = PairDataset(task, pairs, torch.randint(len(pairs), (steps * BATCH_SIZE,)))
+    optimizer = make_optimizer(model, lr=1.5e-3, weight_decay=0.1)
     schedule = make_schedule(optimizer, warmup_steps=100)
     losses = []
     model.train()
-    for item in BatchSampler(data, batch_size=128):
-        loss = loss_of(model, data[item])
+    for indices in BatchSampler(data, BATCH_SIZE):
+        loss = loss_of(model, data[indices])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -49,5 +65,5 @@ def train_small(
 
 
 def exact(model: Transformer, task: Task, pairs: list[Pair]) -> float:
-    """The share of the pairs that the model answers without a mistake, by itself."""
+    """The share of the pairs that the model answers without a mistake, on its own."""
     return exact_match(predict(model, task, pairs))

@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is never loaded: cut, changed, hostile, foreign and missing files."""
+"""A checkpoint is whole, or it is never loaded: cut, changed, hostile, foreign, missing files."""
 
 import functools
 import os
@@ -10,22 +10,32 @@ from pathlib import Path
 import pytest
 import torch
 from plants import signal_at_step
-from trainings import SMALL, Training, fingerprint
+from trainings import NEW, RESUME, SMALL, Training, fingerprint
 
 from transformer_scratch import checkpoint
-from transformer_scratch.checkpoint import FORMAT, CheckpointError, checksum, link, load_checkpoint, save_checkpoint
+from transformer_scratch.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    checksum,
+    link,
+    load_checkpoint,
+    load_resumable,
+    save_checkpoint,
+)
+from transformer_scratch.config import Config, config_of_checkpoint
+from transformer_scratch.errors import BadInput
+from transformer_scratch.processes import ALONE
 from transformer_scratch.run_folder import RunFolder
-from transformer_scratch.runtime import ALONE
 
-LENGTHS = ["0", "1", "2", "1000", "10 %", "50 %", "99 %", "all but 1"]
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory):
-    """A run stopped at step 9 with a state every three updates: last.pt is of step 9, previous.pt of step 6."""
+    """A run stopped at step 9: last.pt is of this step, previous.pt of step 6."""
     folder = tmp_path_factory.mktemp("stopped")
-    flags = [*SMALL, "--run-dir", "run", "--save-every", "3"]
-    training = Training(flags, functools.partial(signal_at_step, 9, signal.SIGTERM), folder)
+    plant = functools.partial(signal_at_step, 9, signal.SIGTERM)
+    training = Training([*SMALL, *NEW, "--save-every", "3"], plant, folder)
     training.start()
     assert training.wait()[0] == 143
     return folder / "run"
@@ -37,10 +47,8 @@ def stopped(stopped_run):
     return Path("run")
 
 
-def cut(file: Path, length: str) -> None:
-    size = file.stat().st_size
-    number, *unit = length.split()
-    os.truncate(file, size - 1 if number == "all" else size * int(number) // 100 if unit else int(number))
+def cut(file: Path, part: float) -> None:
+    os.truncate(file, int(file.stat().st_size * part))
 
 
 def place_of_weights(file: Path, name: str) -> int:
@@ -55,11 +63,12 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_a_cut_file_is_reported_by_name(stopped, length):
-    cut(stopped / "last.pt", length)
-    with pytest.raises(CheckpointError, match=r"run/last\.pt is damaged or not a checkpoint"):
-        load_checkpoint(stopped / "last.pt")
+def test_a_cut_file_is_reported_by_name(stopped):
+    size = (stopped / "last.pt").stat().st_size
+    for length in (size - 1, size * 99 // 100, size // 2, size // 10, 1000, 2, 1, 0):
+        os.truncate(stopped / "last.pt", length)
+        with pytest.raises(CheckpointError, match=r"run/last\.pt is damaged or not a checkpoint"):
+            load_checkpoint(stopped / "last.pt")
 
 
 def test_no_flipped_bit_is_ever_loaded_with_other_values(stopped):
@@ -67,16 +76,17 @@ def test_no_flipped_bit_is_ever_loaded_with_other_values(stopped):
     values = checksum(load_checkpoint(file))
     content = file.read_bytes()
     found, silent = 0, 0
-    for _ in range(100):
+    for _ in range(40):
         file.write_bytes(content)
         flip(file, generator.randrange(8 * len(content)))
         try:
-            assert checksum(load_checkpoint(file)) == values  # the bit was in the padding between two tensors
+            # The bit was in the padding between two tensors.
+            assert checksum(load_checkpoint(file)) == values
         except CheckpointError:
             found += 1
         silent += not loads_without_complaint_as_before(file, values)
-    assert found > 80
-    assert silent > 50  # torch.load alone would have let most of them through, so the checksum is needed
+    assert found > 30
+    assert silent > 15  # torch.load alone lets many of them through
 
 
 def loads_without_complaint_as_before(file: Path, values: str) -> bool:
@@ -91,36 +101,37 @@ def loads_without_complaint_as_before(file: Path, values: str) -> bool:
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(lambda file: cut(file, "50 %"), id="cut"),
-        pytest.param(lambda file: flip(file, place_of_weights(file, "output.weight")), id="flipped"),
-        pytest.param(lambda file: file.unlink(), id="gone"),
+        pytest.param(lambda file: flip(file, place_of_weights(file, "output.weight")), id="flip"),
+        pytest.param(lambda file: cut(file, 0.5), id="cut", marks=slow),
+        pytest.param(lambda file: file.unlink(), id="gone", marks=slow),
     ],
 )
 def test_a_damaged_last_gives_way_to_previous_with_a_warning(stopped, run, undisturbed, damage):
     damage(stopped / "last.pt")
-    code, output = run("--resume", "run")
+    code, output = run(*RESUME)
     assert code == 0
     assert "warning: run/last.pt" in output
     assert "using previous.pt instead" in output
     assert fingerprint(stopped) == undisturbed(*SMALL)
 
 
+@slow
 def test_a_damaged_last_never_takes_the_place_of_a_good_previous(stopped, run, undisturbed):
     """Resumed from previous.pt and killed at once: there still is a good state."""
-    cut(stopped / "last.pt", "50 %")
-    code, _ = run("--resume", "run", plant=functools.partial(signal_at_step, 1, signal.SIGKILL))
+    cut(stopped / "last.pt", 0.5)
+    code, _ = run(*RESUME, plant=functools.partial(signal_at_step, 1, signal.SIGKILL))
     assert code == -signal.SIGKILL
     load_checkpoint(stopped / "last.pt")
     load_checkpoint(stopped / "previous.pt")
-    assert run("--resume", "run")[0] == 0
+    assert run(*RESUME)[0] == 0
     assert fingerprint(stopped) == undisturbed(*SMALL)
 
 
 def test_where_no_file_is_good_all_are_named_and_nothing_is_trained(stopped, run):
     for name in ("last.pt", "previous.pt"):
-        cut(stopped / name, "99 %")
+        cut(stopped / name, 0.99)
     before = (stopped / "metrics.jsonl").read_bytes()
-    code, output = run("--resume", "run")
+    code, output = run(*RESUME)
     assert code == 2
     assert "run/last.pt is damaged" in output
     assert "run/previous.pt is damaged" in output
@@ -133,28 +144,27 @@ class Hostile:
         return os.system, ("touch was_here",)
 
 
-@pytest.mark.parametrize("wrapped", [Hostile(), {"format": FORMAT, "checksum": "", "model": Hostile()}])
-def test_a_hostile_pickle_is_refused_without_running_it(stopped, run, wrapped):
+@pytest.mark.parametrize(
+    "wrapped", [Hostile(), {"format": FORMAT, "checksum": "", "model": Hostile()}]
+)
+def test_a_hostile_pickle_is_refused_without_running_it(stopped, wrapped):
     torch.save(wrapped, stopped / "last.pt")
     shutil.copy(stopped / "last.pt", stopped / "previous.pt")
-    code, output = run("--resume", "run")
-    assert code == 2
-    assert "is damaged or not a checkpoint" in output
+    with pytest.raises(CheckpointError, match="is damaged or not a checkpoint"):
+        load_resumable(stopped)
     assert not Path("was_here").exists()
     torch.load(stopped / "last.pt", weights_only=False)
     assert Path("was_here").exists()  # it is hostile indeed
 
 
 @pytest.mark.parametrize("number", [FORMAT - 1, FORMAT + 1])
-def test_another_format_says_which_version_it_needs(stopped, run, monkeypatch, number):
-    content = load_checkpoint(stopped / "last.pt")
-    del content["format"]
-    monkeypatch.setattr(checkpoint, "FORMAT", number)
-    for name in ("last.pt", "previous.pt"):
-        save_checkpoint(stopped / name, content)
-    code, output = run("--resume", "run")
-    assert code == 2
-    assert f"has checkpoint format {number}, this version of the project reads format {FORMAT}" in output
+def test_another_format_says_which_version_it_needs(tmp_path, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", number)
+        save_checkpoint(tmp_path / "last.pt", {"model": {}})
+    message = f"has checkpoint format {number}, this version of the project reads format {FORMAT}"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 def test_a_file_of_another_program_is_refused(tmp_path):
@@ -163,33 +173,32 @@ def test_a_file_of_another_program_is_refused(tmp_path):
         load_checkpoint(tmp_path / "lightning.ckpt")
 
 
-def test_weights_alone_are_not_resumed_from(stopped, run):
+def test_a_run_is_not_resumed_from_weights_alone(stopped):
     (stopped / "previous.pt").unlink()
     shutil.copy(stopped / "best.pt", stopped / "last.pt")
-    code, output = run("--resume", "run")
-    assert code == 2
-    assert "holds weights only" in output
+    with pytest.raises(CheckpointError, match="holds weights only"):
+        load_resumable(stopped)
 
 
-def test_settings_of_another_version_are_named(stopped, run):
+def test_settings_of_another_version_are_named(stopped):
     content = load_checkpoint(stopped / "last.pt")
-    content["config"]["label_smoothing"] = 0.1
-    save_checkpoint(stopped / "last.pt", content)
-    code, output = run("--resume", "run")
-    assert code == 2
-    assert "label_smoothing" in output
+    content["config"]["number_of_wings"] = 2
+    with pytest.raises(BadInput, match="number_of_wings"):
+        config_of_checkpoint(content, stopped)
 
 
+@slow
 def test_what_a_killed_process_left_half_written_is_cleared_away(stopped, run):
     leftover = stopped / "last.pt.4711.tmp"
     leftover.write_bytes(b"half")
-    assert run("--resume", "run")[0] == 0
+    assert run(*RESUME)[0] == 0
     assert not leftover.exists()
 
 
-def test_missing_lines_of_metrics_are_reported_and_the_run_goes_on(stopped, run, undisturbed):
-    cut(stopped / "metrics.jsonl", "0")
-    code, output = run("--resume", "run")
+@slow
+def test_missing_lines_of_metrics_are_reported_and_the_run_continues(stopped, run, undisturbed):
+    cut(stopped / "metrics.jsonl", 0)
+    code, output = run(*RESUME)
     assert code == 0
     assert "metrics.jsonl lacks" in output
     got, wanted = fingerprint(stopped), undisturbed(*SMALL)
@@ -199,9 +208,10 @@ def test_missing_lines_of_metrics_are_reported_and_the_run_goes_on(stopped, run,
 
 
 def test_a_damaged_best_gives_way_to_the_next_best(tmp_path, capsys):
-    run = RunFolder(tmp_path, ALONE)
+    run = RunFolder(Config(run_dir=str(tmp_path)), ALONE, None)
     for epoch in range(3):
-        save_checkpoint(tmp_path / f"epoch={epoch}.pt", {"model": {"weight": torch.full((1000,), epoch)}})
+        content = {"model": {"weight": torch.full((1000,), epoch)}}
+        save_checkpoint(tmp_path / f"epoch={epoch}.pt", content)
     link(tmp_path / "epoch=1.pt", tmp_path / "best.pt")
     ranking = [[0.1, 1], [0.2, 2], [0.3, 0]]
     assert run.load_best(ranking)["model"]["weight"][0] == 1
@@ -230,7 +240,11 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     done = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
-        recorded = lambda *arguments, name=name, original=original: (done.append(name), original(*arguments))  # noqa: E731
+
+        def recorded(*arguments: object, name: str = name, original=original) -> None:
+            done.append(name)
+            original(*arguments)
+
         monkeypatch.setattr(os, name, recorded)
     save_checkpoint(tmp_path / "last.pt", {"model": {"weight": torch.zeros(3)}})
     assert done == ["fsync", "replace", "fsync"]

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 from plants import signal_at_step
-from trainings import SMALL, fingerprint
+from trainings import NEW, RESUME, SMALL, fingerprint
 
 from transformer_scratch.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.root
-NEW = ["--run-dir", "disk/run", "--save-every", "2"]
+SAVING = ["--run-dir", "disk/run", "--save-every", "2"]
 
 
 @pytest.fixture
 def disk():
-    """Mount a disk of some KiB on a folder, or give it another size. They are gone after the test."""
+    """Mount a disk of some KiB on a folder, or resize it. All are gone after the test."""
     mounted = []
 
     def disk(kib: int, folder: str = "disk") -> None:
@@ -41,7 +41,8 @@ def used() -> int:
 def test_a_disk_that_fills_up_and_is_given_room_again(disk, run, undisturbed):
     """A little more room each time, so that another write is the first that fails."""
     disk(4000)
-    assert run(*SMALL, *NEW, plant=functools.partial(signal_at_step, 3, signal.SIGTERM))[0] == 143
+    plant = functools.partial(signal_at_step, 3, signal.SIGTERM)
+    assert run(*SMALL, *SAVING, plant=plant)[0] == 143
     failures = 0
     for room in (0, 4, 8, 40, 100, 140, 180):
         disk(used() + room)
@@ -61,8 +62,9 @@ def test_a_disk_that_fills_up_and_is_given_room_again(disk, run, undisturbed):
 
 
 def test_no_room_for_wandb_changes_nothing(disk, run, undisturbed):
-    assert run(*SMALL, "--run-dir", "run", plant=functools.partial(signal_at_step, 2, signal.SIGTERM))[0] == 143
+    plant = functools.partial(signal_at_step, 2, signal.SIGTERM)
+    assert run(*SMALL, *NEW, plant=plant)[0] == 143
     disk(16, "run/wandb")
-    code, output = run("--resume", "run", "--wandb", "offline", "--log-every", "1")
+    code, output = run(*RESUME, "--wandb", "offline", "--log-every", "1")
     assert code == 0, output
     assert fingerprint(Path("run")) == undisturbed(*SMALL)

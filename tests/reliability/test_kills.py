@@ -1,20 +1,23 @@
-"""A run that is killed, in the worst moments too, has only whole files and ends as if nothing had been."""
+"""A run that is killed has only whole files, and resumed it ends as if nothing had been."""
 
 import functools
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from plants import kill_in_metrics, kill_in_ranking, kill_in_save, signal_at_step
-from trainings import SMALL, fingerprint
+from trainings import NEW, RESUME, SMALL, fingerprint
 
 from transformer_scratch.checkpoint import load_checkpoint
 
-NEW = ["--run-dir", "run", "--save-every", "2"]
+SAVING = [*NEW, "--save-every", "2"]
 KILLED = -signal.SIGKILL
-MOMENTS = ["before writing", "half written", "after keeping the previous", "before the rename", "after the rename"]
+slow = pytest.mark.slow
 
 
 def files_are_whole() -> None:
@@ -22,12 +25,21 @@ def files_are_whole() -> None:
         load_checkpoint(file)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("before writing", marks=slow),
+        "half written",
+        pytest.param("after keeping the previous", marks=slow),
+        pytest.param("before the rename", marks=slow),
+        pytest.param("after the rename", marks=slow),
+    ],
+)
 def test_a_kill_inside_a_save(run, undisturbed, moment):
-    assert run(*SMALL, *NEW, plant=functools.partial(kill_in_save, moment, 4))[0] == KILLED
+    assert run(*SMALL, *SAVING, plant=functools.partial(kill_in_save, moment, 4))[0] == KILLED
     files_are_whole()
     assert any(Path("run").glob("last.pt.*.tmp")) == (moment != "after the rename")
-    assert run("--resume", "run")[0] == 0
+    assert run(*RESUME)[0] == 0
     assert fingerprint(Path("run")) == undisturbed(*SMALL)
     assert not list(Path("run").glob("*.tmp"))
 
@@ -35,42 +47,53 @@ def test_a_kill_inside_a_save(run, undisturbed, moment):
 @pytest.mark.parametrize(
     "plant",
     [
-        pytest.param(functools.partial(kill_in_ranking, "before", 2), id="before best.pt is set"),
-        pytest.param(functools.partial(kill_in_ranking, "after", 2), id="after best.pt is set"),
-        pytest.param(functools.partial(kill_in_metrics, 5), id="half a line of metrics"),
-        pytest.param(functools.partial(signal_at_step, 9, signal.SIGKILL), id="in an update"),
+        pytest.param(
+            functools.partial(kill_in_ranking, "before", 2), id="before best.pt is set", marks=slow
+        ),
+        pytest.param(
+            functools.partial(kill_in_ranking, "after", 2), id="after best.pt is set", marks=slow
+        ),
+        pytest.param(functools.partial(kill_in_metrics, 9), id="half a line of metrics"),
+        pytest.param(
+            functools.partial(signal_at_step, 9, signal.SIGKILL), id="in an update", marks=slow
+        ),
     ],
 )
 def test_a_kill_elsewhere(run, undisturbed, plant):
-    assert run(*SMALL, *NEW, "--save-top-k", "1", plant=plant)[0] == KILLED
+    flags = [*SMALL, "--save-top-k", "1"]
+    assert run(*flags, *SAVING, plant=plant)[0] == KILLED
     files_are_whole()
-    assert run("--resume", "run")[0] == 0
-    assert fingerprint(Path("run")) == undisturbed(*SMALL, "--save-top-k", "1")
+    assert run(*RESUME)[0] == 0
+    assert fingerprint(Path("run")) == undisturbed(*flags)
 
 
+@slow
 def test_killed_before_the_first_state_there_is_nothing_to_resume(run):
-    assert run(*SMALL, *NEW, plant=functools.partial(kill_in_save, "half written", 1))[0] == KILLED
-    code, output = run("--resume", "run")
+    plant = functools.partial(kill_in_save, "half written", 1)
+    assert run(*SMALL, *SAVING, plant=plant)[0] == KILLED
+    code, output = run(*RESUME)
     assert code == 2
     assert "there is no last.pt in it" in output
     assert "Traceback" not in output
 
 
+@slow
 def test_killed_again_and_again(run, undisturbed):
     """Three resumed runs in a row are killed in their first save."""
-    assert run(*SMALL, *NEW, plant=functools.partial(kill_in_save, "before the rename", 3))[0] == KILLED
-    for moment in MOMENTS[:3]:
-        assert run("--resume", "run", plant=functools.partial(kill_in_save, moment, 1))[0] == KILLED
+    plant = functools.partial(kill_in_save, "before the rename", 3)
+    assert run(*SMALL, *SAVING, plant=plant)[0] == KILLED
+    for moment in ("before writing", "half written", "after keeping the previous"):
+        assert run(*RESUME, plant=functools.partial(kill_in_save, moment, 1))[0] == KILLED
         files_are_whole()
-    assert run("--resume", "run")[0] == 0
+    assert run(*RESUME)[0] == 0
     assert fingerprint(Path("run")) == undisturbed(*SMALL)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@slow
+@pytest.mark.parametrize("seed", range(10))
 def test_a_kill_at_a_random_moment(start, run, undisturbed, seed):
     flags = [*SMALL, "--max-epochs", "20"]  # more than can be done before the kill
-    training = start(*flags, "--run-dir", "run", "--save-every", "1")
+    training = start(*flags, *NEW, "--save-every", "1")
     while not Path("run/last.pt").exists():
         assert training.is_alive()
         time.sleep(0.001)
@@ -78,5 +101,15 @@ def test_a_kill_at_a_random_moment(start, run, undisturbed, seed):
     training.kill()
     assert training.wait()[0] == KILLED
     files_are_whole()
-    assert run("--resume", "run")[0] == 0
+    assert run(*RESUME)[0] == 0
     assert fingerprint(Path("run")) == undisturbed(*flags)
+
+
+@slow
+def test_the_campaign_survives():
+    command = [sys.executable, "-m", "tests.reliability.campaign"]
+    command += ["--kills", "2", "--flips", "20", "--cuts", "20"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kills: 2 of 2 ended like the undisturbed run" in done.stdout
+    assert "all survived" in done.stdout

@@ -1,12 +1,12 @@
 """Two processes train as one, stop as one, and fail with one message.
 
-Their sums are added up in another order than one process adds them, so they agree to rounding and not bit for bit: in
-float32 to about the fifth digit after a few updates, since Adam divides small gradients by small numbers; in float64 to
-the eleventh. A run of two processes that is stopped and resumed, however, repeats itself bit for bit.
+Two processes add up their sums in another order than one, so they agree with it to rounding, not
+bit for bit: in float32 to about the fifth digit after a few updates, since Adam divides small
+gradients by small numbers; in float64 to the eleventh. A run of two processes that is stopped and
+resumed, however, repeats itself bit for bit.
 """
 
 import functools
-import json
 import math
 import signal
 from pathlib import Path
@@ -14,69 +14,49 @@ from pathlib import Path
 import pytest
 import torch
 from plants import bad_number_at_batch, in_float64, kill_in_save, raise_at_step, signal_at_step
-from trainings import SMALL, fingerprint, start_two
+from trainings import NEW, RESUME, SMALL, fingerprint
 
 from transformer_scratch.checkpoint import load_checkpoint
+from transformer_scratch.run_folder import read_metrics
 
 HALF = [*SMALL, "--batch-size", "16"]  # the updates of SMALL, shared by two
-NEW = ["--run-dir", "run"]
 SIGTERM_AT_4 = functools.partial(signal_at_step, 4, signal.SIGTERM)
+slow = pytest.mark.slow
 
 
-@pytest.fixture
-def run_two():
-    """Run a training of two processes to its end. -> their exit codes, their outputs."""
-    started = []
-
-    def run_two(*flags: str, plants=(None, None), folders=(None, None)) -> tuple[list[int], list[str]]:
-        started.extend(start_two(flags, plants, folders))
-        codes, outputs = zip(*(training.wait() for training in started[-2:]), strict=True)
-        return list(codes), list(outputs)
-
-    yield run_two
-    for training in started:
-        if training.is_alive():
-            training.kill()
-
-
-@pytest.fixture(scope="module")
-def undisturbed_two(tmp_path_factory):
-    """The fingerprint of HALF trained by two processes when nothing happens."""
-    folder = tmp_path_factory.mktemp("two")
-    for training in start_two([*HALF, *NEW], folders=(folder, folder)):
-        code, output = training.wait()
-        assert code == 0, output
-    return fingerprint(folder / "run")
-
-
-def weights_and_losses(folder: str) -> tuple[dict, list[float], float]:
-    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    losses = [line["train/loss_step"] for line in lines if "lr" in line]
-    return load_checkpoint(Path(folder, "last.pt"))["model"], losses, lines[-2]["val/loss_epoch"]
+def weights_and_losses(folder: Path) -> tuple[dict, list[float], float]:
+    rows = read_metrics(folder)
+    losses = [row["train/loss_step"] for row in rows if "lr" in row]
+    return load_checkpoint(folder / "last.pt")["model"], losses, rows[-2]["val/loss_epoch"]
 
 
 @pytest.mark.parametrize(
     ("flags", "plant", "tolerance"),
     [
-        pytest.param([], None, 1e-4, id="float32"),
-        pytest.param([], in_float64, 1e-10, id="float64"),
-        pytest.param(["--accumulate", "4"], in_float64, 1e-10, id="accumulation"),
-        pytest.param(["--holdout", "0", "--num-datas", "2000"], in_float64, 1e-10, id="batches left over"),
+        pytest.param("--accumulate 4", in_float64, 1e-10, id="float64, accumulation"),
+        pytest.param("", None, 1e-4, id="float32", marks=slow),
+        pytest.param("", in_float64, 1e-10, id="float64", marks=slow),
+        pytest.param(
+            "--holdout 0 --num-datas 2000", in_float64, 1e-10, id="batches left over", marks=slow
+        ),
     ],
 )
-def test_two_processes_with_half_the_batch_make_the_updates_of_one(run, run_two, flags, plant, tolerance):
-    flags = ["--dropout", "0", *flags]
+def test_two_processes_with_half_the_batch_make_the_updates_of_one(
+    run, run_two, flags, plant, tolerance
+):
+    flags = ["--dropout", "0", *flags.split()]
     assert run(*SMALL, *flags, "--run-dir", "one", plant=plant)[0] == 0
     assert run_two(*HALF, *flags, "--run-dir", "two", plants=(plant, plant))[0] == [0, 0]
-    (one, one_losses, one_val), (two, two_losses, two_val) = weights_and_losses("one"), weights_and_losses("two")
+    one, one_losses, one_val = weights_and_losses(Path("one"))
+    two, two_losses, two_val = weights_and_losses(Path("two"))
     assert two_losses == pytest.approx(one_losses, rel=tolerance)
     assert two_val == pytest.approx(one_val, rel=tolerance)
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_either_process_stops_both_at_the_same_update(run_two, undisturbed_two, rank):
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=slow), 1])
+def test_a_signal_to_either_process_stops_both_at_the_same_update(run_two, undisturbed, rank):
     plants = [None, None]
     plants[rank] = SIGTERM_AT_4
     codes, outputs = run_two(*HALF, *NEW, plants=plants)
@@ -84,10 +64,11 @@ def test_a_signal_to_either_process_stops_both_at_the_same_update(run_two, undis
     assert load_checkpoint(Path("run/last.pt"))["step"] == 4
     assert "torchrun --standalone --nproc-per-node 2 train.py --resume run" in outputs[0]
     assert outputs[1] == ""
-    assert run_two("--resume", "run")[0] == [0, 0]
-    assert fingerprint(Path("run")) == undisturbed_two
+    assert run_two(*RESUME)[0] == [0, 0]
+    assert fingerprint(Path("run")) == undisturbed(*HALF, processes=2)
 
 
+@slow
 def test_a_bad_number_in_one_process_stops_both_with_one_message(run_two):
     plant = functools.partial(bad_number_at_batch, 4, math.nan)
     codes, outputs = run_two(*HALF, *NEW, "--save-every", "2", plants=(None, plant))
@@ -97,6 +78,7 @@ def test_a_bad_number_in_one_process_stops_both_with_one_message(run_two):
     assert load_checkpoint(Path("run/last.pt"))["step"] == 2
 
 
+@slow
 def test_bad_input_is_refused_by_both_with_one_message(run_two):
     Path("run").mkdir()
     Path("run/notes.txt").touch()
@@ -106,10 +88,15 @@ def test_bad_input_is_refused_by_both_with_one_message(run_two):
     assert outputs[1] == ""
 
 
-@pytest.mark.parametrize("plant", [functools.partial(signal_at_step, 4, signal.SIGKILL),
-                                   functools.partial(kill_in_save, "half written", 2)])  # fmt: skip
-def test_when_one_process_is_killed_the_other_says_so_in_a_line(run_two, undisturbed_two, plant):
-    rank = 0 if plant.func is kill_in_save else 1
+@slow
+@pytest.mark.parametrize(
+    ("rank", "plant"),
+    [
+        (1, functools.partial(signal_at_step, 4, signal.SIGKILL)),
+        (0, functools.partial(kill_in_save, "half written", 2)),
+    ],
+)
+def test_when_one_process_is_killed_the_other_says_so_in_a_line(run_two, undisturbed, rank, plant):
     plants = [None, None]
     plants[rank] = plant
     codes, outputs = run_two(*HALF, *NEW, "--save-every", "3", plants=plants)
@@ -117,10 +104,11 @@ def test_when_one_process_is_killed_the_other_says_so_in_a_line(run_two, undistu
     assert codes[1 - rank] == 1
     assert f"error in process {1 - rank}: another process has ended" in outputs[1 - rank]
     assert "Traceback" not in outputs[1 - rank]
-    assert run_two("--resume", "run")[0] == [0, 0]
-    assert fingerprint(Path("run")) == undisturbed_two
+    assert run_two(*RESUME)[0] == [0, 0]
+    assert fingerprint(Path("run")) == undisturbed(*HALF, processes=2)
 
 
+@slow
 def test_too_little_memory_in_one_process_names_it(run_two):
     plant = functools.partial(raise_at_step, 2, torch.OutOfMemoryError("CUDA out of memory"))
     codes, outputs = run_two(*HALF, *NEW, plants=(None, plant))
@@ -129,23 +117,26 @@ def test_too_little_memory_in_one_process_names_it(run_two):
     assert "Traceback" not in outputs[0] + outputs[1]
 
 
-def test_only_the_main_process_needs_the_folder(run_two, undisturbed_two):
-    """As on two hosts without a common disk: the second process stands in a folder that knows nothing of the run."""
+@slow
+def test_only_the_main_process_needs_the_folder(run_two, undisturbed):
+    """As on two hosts without a common disk: the second process never sees the folder."""
     folders = [Path.cwd() / "host0", Path.cwd() / "host1"]
     for folder in folders:
         folder.mkdir()
-    assert run_two(*HALF, *NEW, plants=(SIGTERM_AT_4, None), folders=folders)[0] == [143, 143]
-    assert run_two("--resume", "run", folders=folders)[0] == [0, 0]
-    assert fingerprint(folders[0] / "run") == undisturbed_two
+    codes, _ = run_two(*HALF, *NEW, plants=(SIGTERM_AT_4, None), folders=folders)
+    assert codes == [143, 143]
+    assert run_two(*RESUME, folders=folders)[0] == [0, 0]
+    assert fingerprint(folders[0] / "run") == undisturbed(*HALF, processes=2)
     assert not list(folders[1].glob("run/*"))
-    codes, outputs = run_two("--resume", "run", folders=folders)
+    codes, outputs = run_two(*RESUME, folders=folders)
     assert codes == [0, 0]
     assert "has finished its 2 epochs already" in outputs[0]
 
 
+@slow
 def test_the_number_of_processes_cannot_change_in_a_resumed_run(run, run_two):
     assert run_two(*HALF, *NEW, plants=(SIGTERM_AT_4, None))[0] == [143, 143]
-    code, output = run("--resume", "run")
+    code, output = run(*RESUME)
     assert code == 2
     assert "--devices 2, but one process was started" in output
     assert "torchrun --standalone --nproc-per-node 2" in output

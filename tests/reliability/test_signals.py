@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step is finished, the state saved, the exit code true; a second Ctrl-C leaves at once."""
+"""Ctrl-C and SIGTERM: the step is finished, the state saved, the exit code true."""
 
 import functools
 import os
@@ -9,69 +9,84 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from plants import signal_at_step, signal_in_save, signal_while_answering
-from trainings import SMALL, fingerprint
+from trainings import NEW, RESUME, SMALL, fingerprint, steps_done
 
 from transformer_scratch.checkpoint import load_checkpoint
 
-PROJECT = Path(__file__).resolve().parents[2]
-NEW = ["--run-dir", "run"]
-MOMENTS = {  # and the update at which the run then stops
-    "in a step": (functools.partial(signal_at_step, 4), 4),
-    "in validation": (functools.partial(signal_while_answering, 1), 6),
-    "in a save": (signal_in_save, 6),
-    "in the test": (functools.partial(signal_while_answering, 3), 12),
-}
+STEP = functools.partial(signal_at_step, 4)
+VALIDATION = functools.partial(signal_while_answering, 1)
+TEST = functools.partial(signal_while_answering, 3)
+SIGINT, SIGTERM = (signal.SIGINT, 130), (signal.SIGTERM, 143)
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_one_signal_saves_and_the_exit_code_says_which(run, undisturbed, moment, number, code):
-    plant, step = MOMENTS[moment]
-    got, output = run(*SMALL, *NEW, plant=functools.partial(plant, number))
-    assert got == code
+@pytest.mark.parametrize(
+    ("plant", "received", "step"),  # step: the update at which the run then stops
+    [
+        pytest.param(STEP, SIGINT, 4, id="Ctrl-C in a step"),
+        pytest.param(STEP, SIGTERM, 4, id="SIGTERM in a step", marks=slow),
+        pytest.param(VALIDATION, SIGTERM, 6, id="SIGTERM in validation"),
+        pytest.param(VALIDATION, SIGINT, 6, id="Ctrl-C in validation", marks=slow),
+        pytest.param(signal_in_save, SIGINT, 6, id="Ctrl-C in a save", marks=slow),
+        pytest.param(signal_in_save, SIGTERM, 6, id="SIGTERM in a save", marks=slow),
+        pytest.param(TEST, SIGINT, 12, id="Ctrl-C in the test", marks=slow),
+        pytest.param(TEST, SIGTERM, 12, id="SIGTERM in the test", marks=slow),
+    ],
+)
+def test_one_signal_saves_and_the_exit_code_says_which(run, undisturbed, plant, received, step):
+    number, expected = received
+    code, output = run(*SMALL, *NEW, plant=functools.partial(plant, number))
+    assert code == expected
     assert load_checkpoint(Path("run/last.pt"))["step"] == step
-    assert f"stopped after step {step}; nothing is lost. Go on with: " in output
+    assert f"stopped: after step {step}; nothing is lost. Resume with: " in output
     assert "python train.py --resume run\n" in output
     assert "Traceback" not in output
-    assert run("--resume", "run")[0] == 0
+    assert run(*RESUME)[0] == 0
     assert fingerprint(Path("run")) == undisturbed(*SMALL)
 
 
 def test_a_second_ctrl_c_leaves_at_once_with_the_last_good_file(run, undisturbed):
-    got, output = run(*SMALL, *NEW, plant=functools.partial(signal_in_save, signal.SIGINT, 2))
-    assert got == 130
-    assert "stopped after" not in output
-    assert load_checkpoint(Path("run/last.pt"))["step"] == 0  # the save that it broke off left no trace
-    assert run("--resume", "run")[0] == 0
+    code, output = run(*SMALL, *NEW, plant=functools.partial(signal_in_save, signal.SIGINT, 2))
+    assert code == 130
+    assert "stopped: after" not in output
+    # The save that it broke off left no trace.
+    assert load_checkpoint(Path("run/last.pt"))["step"] == 0
+    assert run(*RESUME)[0] == 0
     assert fingerprint(Path("run")) == undisturbed(*SMALL)
 
 
+@slow
 def test_a_second_sigterm_changes_nothing(run):
-    assert run(*SMALL, *NEW, plant=functools.partial(signal_at_step, 4, signal.SIGTERM, 2))[0] == 143
+    plant = functools.partial(signal_at_step, 4, signal.SIGTERM, 2)
+    assert run(*SMALL, *NEW, plant=plant)[0] == 143
     assert load_checkpoint(Path("run/last.pt"))["step"] == 4
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
-def test_a_signal_to_the_whole_group_as_a_terminal_sends_it(number, code):
+@slow
+@pytest.mark.parametrize(("number", "expected"), [SIGINT, SIGTERM])
+def test_a_signal_to_the_whole_group_as_a_terminal_sends_it(number, expected):
     """The real script, with two data workers, which get the signal, too."""
-    script = [sys.executable, str(PROJECT / "train.py"), *SMALL, *NEW, "--num-workers", "2", "--max-epochs", "1000"]
-    with open("output.txt", "w") as output:
-        process = subprocess.Popen(script, stdout=output, stderr=output, process_group=0)
-    wait_for(lambda: Path("run/metrics.jsonl").exists() and b'"step": 20' in Path("run/metrics.jsonl").read_bytes())
+    flags = [*SMALL, *NEW, "--num-workers", "2", "--max-epochs", "1000"]
+    command = [sys.executable, str(PROJECT / "train.py"), *flags]
+    with open("output.txt", "w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
+    wait_for_step(20)
     started = time.monotonic()
     os.killpg(process.pid, number)
-    assert process.wait(60) == code, Path("output.txt").read_text()
+    assert process.wait(60) == expected, Path("output.txt").read_text(encoding="utf-8")
     assert time.monotonic() - started < 15
-    assert "Traceback" not in Path("output.txt").read_text()
-    steps = Path("run/metrics.jsonl").read_text().count('"train/loss_step"')
-    assert load_checkpoint(Path("run/last.pt"))["step"] == steps
+    assert "Traceback" not in Path("output.txt").read_text(encoding="utf-8")
+    assert load_checkpoint(Path("run/last.pt"))["step"] == steps_done(Path("run"))
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def wait_for_step(step: int, run: Path = Path("run")) -> None:
+    wait_for(lambda: steps_done(run) >= step)

@@ -1,10 +1,9 @@
 """Trainings to do harm to, each in a process of its own.
 
-The process is forked from one that has imported everything, so it starts at once, and runs train.py's main under its
-exit codes. A plant is a function that breaks something in that process first.
+The process is forked from one that has imported everything, so it starts at once. A plant is a
+function that breaks something in that process before train.main is called.
 """
 
-import json
 import multiprocessing
 import os
 import shlex
@@ -15,33 +14,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformer_scratch.checkpoint import checksum, load_checkpoint
+from transformer_scratch.run_folder import read_metrics
 
 # Two epochs of six updates.
-SMALL = shlex.split("--dim 16 --num-layers 1 --batch-size 32 --num-datas 192 --max-epochs 2 --wandb disabled")
+SMALL = shlex.split(
+    "--dim 16 --num-layers 1 --batch-size 32 --num-datas 192 --max-epochs 2 --wandb disabled"
+)
+NEW = ["--run-dir", "run"]
+RESUME = ["--resume", "run"]
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["train", "torch._dynamo", "pytest"])  # torch.optim needs the second, as it finds out
+# torch.optim imports torch._dynamo late, which takes a second.
+forkserver.set_forkserver_preload(["train", "plants", "torch._dynamo", "pytest"])
 
 
 class Training(forkserver.Process):
-    """A training in a folder, the current one if none is given. Its output goes to a file there."""
+    """A training in a folder, by default the current one. Its output goes to a file there."""
 
     def __init__(
-        self, flags: Sequence[str], plant: Callable[[], None] | None = None, folder: Path | None = None,
+        self,
+        flags: Sequence[str],
+        plant: Callable[[], None] | None = None,
+        folder: Path | None = None,
         **environment: object,
-    ):  # fmt: skip
+    ):
         super().__init__()
-        self.flags, self.plant, self.folder, self.environment = list(flags), plant, folder or Path.cwd(), environment
+        self.flags, self.plant, self.environment = list(flags), plant, environment
+        self.folder = folder or Path.cwd()
         self.output = self.folder / f"output-{uuid.uuid4().hex}.txt"
 
     def run(self) -> None:
         import torch
 
         import train
-        from transformer_scratch.errors import exit_codes
 
         torch.set_num_threads(1)
-        multiprocessing.set_start_method("fork", force=True)  # for data workers: they inherit what is planted
+        # Data workers inherit what is planted.
+        multiprocessing.set_start_method("fork", force=True)
         os.chdir(self.folder)
         os.environ.update({name: str(value) for name, value in self.environment.items()})
         sys.argv = ["train.py", *self.flags]
@@ -50,16 +59,18 @@ class Training(forkserver.Process):
         os.dup2(descriptor, 2)
         if self.plant:
             self.plant()
-        with exit_codes():
-            train.main(self.flags)
+        train.main(self.flags)
 
     def wait(self) -> tuple[int, str]:
         """-> exit code, negative for a signal, and the output."""
         self.join(60)
         if self.is_alive():
             self.kill()
-            raise AssertionError(f"still running after a minute: {self.output.read_text()}")
-        return self.exitcode, self.output.read_text()
+            raise AssertionError(f"still running after a minute: {self.read_output()}")
+        return self.exitcode, self.read_output()
+
+    def read_output(self) -> str:
+        return self.output.read_text(encoding="utf-8")
 
 
 def fingerprint(folder: Path) -> dict:
@@ -70,11 +81,12 @@ def fingerprint(folder: Path) -> dict:
     prints = {key: checksum(value) for key, value in last.items()}
     for file in [*sorted(folder.glob("epoch=*.pt")), folder / "best.pt"]:
         prints[file.name] = checksum(load_checkpoint(file)["model"])
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        for key in [key for key in line if "per_second" in key]:
-            del line[key]  # the clock is not reproducible
-    return {**prints, "metrics": lines}
+    return {**prints, "metrics": read_metrics(folder)}
+
+
+def steps_done(folder: Path) -> int:
+    """The updates in a run's metrics."""
+    return sum("train/loss_step" in row for row in read_metrics(folder))
 
 
 def start_two(

@@ -72,7 +72,9 @@ def test_every_tag_is_measured_and_stands_once():
 
 
 def test_a_line_that_does_nothing_has_no_effect():
-    source = SOURCE.replace("        model.train()", "        pass  # [hidden: nothing]\n        model.train()")
+    source = SOURCE.replace(
+        "        model.train()", "        pass  # [hidden: nothing]\n        model.train()"
+    )
     assert measure("nothing", source, QUICK, {})[0] == []
 
 

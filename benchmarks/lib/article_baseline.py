@@ -1,9 +1,8 @@
-"""The article's program as a baseline of ours: what it computes for one training step, without its faults.
+"""The article's program as a baseline: what it computes in a training step, without its faults.
 
-Everything is as long as --seq-len, samples are made one by one, every tensor is float32, dropout stands on the
-attention weights and inside the feed-forward network too, and the only mask is the causal one. Layers, widths and the
-task are those of train.py, so that both do the same work. The loss is the right one:
-that costs nothing.
+Everything is as long as --seq-len, samples are made one by one, every tensor is float32, dropout
+also falls on attention weights and inside the feed-forward network, and the only mask is the
+causal one. Layers, widths and task are those of train.py, so that both do the same work.
 
 Shapes: B batch, H heads, T query and S key positions, D model width, K head width.
 """
@@ -14,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from transformer_scratch.data import Pair, Task
 from transformer_scratch.model import positional_encoding
+from transformer_scratch.task import Pair, Task
 
 
 class ArticleAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.query, self.key, self.value, self.output = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(dim, dim, bias=False) for _ in range(4)
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor, causal: bool = False) -> Tensor:
@@ -40,12 +41,14 @@ class ArticleAttention(nn.Module):
 
 
 class ArticleBlock(nn.Module):
-    """One block of the encoder, or of the decoder: then with attention to the memory."""
+    """A block of the encoder, or of the decoder: that one attends to the memory, too."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float, decoder: bool):
         super().__init__()
         self.decoder = decoder
-        self.attentions = nn.ModuleList(ArticleAttention(dim, num_heads, dropout) for _ in range(1 + decoder))
+        self.attentions = nn.ModuleList(
+            ArticleAttention(dim, num_heads, dropout) for _ in range(1 + decoder)
+        )
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn_dim, dim)
         )
@@ -60,10 +63,19 @@ class ArticleBlock(nn.Module):
 
 
 class ArticleTransformer(nn.Module):
-    def __init__(self, vocab_size: int, dim: int, num_heads: int, num_layers: int, ffn_dim: int, dropout: float):
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        num_heads: int,
+        num_layers: int,
+        ffn_dim: int,
+        dropout: float,
+    ):
         super().__init__()
         self.scale = math.sqrt(dim)
-        self.source_embedding, self.target_embedding = nn.Embedding(vocab_size, dim), nn.Embedding(vocab_size, dim)
+        self.source_embedding = nn.Embedding(vocab_size, dim)
+        self.target_embedding = nn.Embedding(vocab_size, dim)
         self.register_buffer("positions", positional_encoding(512, dim))
         self.dropout = nn.Dropout(dropout)
         sizes = (dim, num_heads, ffn_dim, dropout)
@@ -107,5 +119,5 @@ class ItemDataset(Dataset):
 
 
 def article_loader(task: Task, pairs: list[Pair], batch_size: int) -> DataLoader:
-    """Samples in an order of its own, put together by PyTorch's default collate function."""
+    """Samples in random order, put together by PyTorch's default collate function."""
     return DataLoader(ItemDataset(task, pairs), batch_size, shuffle=True, drop_last=True)

@@ -1,4 +1,4 @@
-"""How the benchmarks measure, and how they show it: A B A B, medians, a table, a JSON file, a picture."""
+"""How the benchmarks measure and what they write: medians, a table, a JSON file, a picture."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 @dataclass
 class Options:
-    """What every benchmark can be told."""
+    """The options that every benchmark has."""
 
     quick: bool = False
     """A tiny size, to see that the command works; its numbers mean nothing."""
     threads: int | None = None
-    """Threads of PyTorch. None: its own choice, one a core unless OMP_NUM_THREADS says otherwise."""
+    """Threads of PyTorch. None: the benchmark's choice, unless OMP_NUM_THREADS is set."""
     output: Path = Path("build/benchmarks")
     """Folder for the JSON file and the picture."""
 
@@ -32,7 +32,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of all rounds: their median, and the middle half of them."""
+    """The seconds of all rounds, their median and the middle half of them."""
 
     seconds: list[float]
 
@@ -51,17 +51,28 @@ class Timing:
         return f"{number(self.median * unit)} ({number(low * unit)} to {number(high * unit)})"
 
 
+def ratio(of: Timing, to: Timing) -> Timing:
+    """The ratio within each round: where a machine changes its speed, it spoils one round."""
+    return Timing([a / b for a, b in zip(of.seconds, to.seconds, strict=True)])
+
+
+def threads() -> str:
+    count = torch.get_num_threads()
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def number(value: float) -> str:
-    """Three digits that count, without an exponent."""
+    """Three significant digits, without an exponent."""
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def interleave(
     contenders: dict[str, Callable[[], object]], rounds: int, description: str, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Call every contender once a round, in turn, so that what else the machine does hits all of them alike.
+    """Call every contender once a round, so that a busy machine slows all of them alike.
 
-    A contender is timed from outside, unless it returns seconds, a float. The first calls are not counted.
+    A contender is timed from outside, unless it returns seconds, a float. The first warm_up rounds
+    do not count.
     """
     seconds = {name: [] for name in contenders}
     names = list(contenders)
@@ -72,7 +83,8 @@ def interleave(
         mininterval=0.2 if sys.stderr.isatty() else 15,
     ) as bar:
         for index in range(warm_up + rounds):
-            for name in names if index % 2 else reversed(names):  # A B B A: nobody always runs after the same one
+            # A B B A: nobody always runs after the same one.
+            for name in names if index % 2 else reversed(names):
                 started = time.perf_counter()
                 own = contenders[name]()
                 took = own if isinstance(own, float) else time.perf_counter() - started
@@ -86,44 +98,39 @@ def machine() -> dict:
     """Where the numbers come from."""
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        model = next(names, model)
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),
         "vector units": torch.backends.cpu.get_cpu_capability(),
         "amx": torch.cpu._is_amx_tile_supported(),
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "load": os.getloadavg()[0],
     }
 
 
-def peak_flops(dtype: torch.dtype = torch.float32, size: int = 1536) -> float:
-    """Floating-point operations a second of one large matrix product: what this machine can do at best."""
-    a, b = torch.randn(2, size, size).to(dtype)
-    best = min(interleave({"product": lambda: a @ b}, 5, "peak of this machine")["product"].seconds)
-    return 2 * size**3 / best
-
-
 def print_table(title: str, rows: list[dict]) -> None:
-    """A Markdown table, so that it can stand in docs/performance.md as it is."""
+    """A Markdown table, to be copied into docs/performance.md as it is."""
     columns = list(rows[0])
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
-        print(f"| {' | '.join(cell if isinstance(cell, str) else number(cell) for cell in row.values())} |")
+        cells = (cell if isinstance(cell, str) else number(cell) for cell in row.values())
+        print(f"| {' | '.join(cells)} |")
 
 
 def save_json(options: Options, name: str, result: dict) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{name}.json"
-    file.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    text = json.dumps({"machine": machine(), **result}, indent=1) + "\n"
+    file.write_text(text, encoding="utf-8")
     print(f"\nwritten {file}")
 
 
 def save_picture(options: Options, name: str, figure) -> None:
-    """figure: of matplotlib, which only the benchmarks and evaluate.py load."""
+    """figure: a matplotlib.figure.Figure."""
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{name}.png"
     figure.savefig(file, dpi=100)

@@ -1,0 +1,114 @@
+"""Runs train.py and its Lightning twin as they are, in this process, and reads after each update.
+
+PyTorch's own hook is used: it calls a function after every optimizer step, whoever wrote the loop.
+"""
+
+import contextlib
+import io
+import itertools
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytorch_lightning as pl
+import wandb
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import train
+from comparison import train_lightning
+from transformer_scratch.batches import make_loaders
+from transformer_scratch.config import load_config
+from transformer_scratch.errors import exits_cleanly
+from transformer_scratch.hardware import choose_device, choose_threads, keep_freed_memory
+from transformer_scratch.processes import start_processes
+from transformer_scratch.task import Task, split_pairs
+
+
+class Enough(BaseException):
+    """All updates that were wanted are done. Not an Exception: the programs would handle that."""
+
+
+def read_after_updates(
+    program: Callable[[list[str]], object],
+    flags: list[str],
+    updates: int,
+    read: Callable[[], object] = time.perf_counter,
+    wandb_mode: str = "disabled",
+) -> list:
+    """Run a program for one update to warm up and `updates` more. -> read() at the end of each.
+
+    flags: with --batch-size, but without --num-datas: the epoch has to be longer than this.
+    """
+    readings = []
+
+    def after_update(*_: object) -> None:
+        readings.append(read())
+        if len(readings) > updates:
+            raise Enough
+
+    batch_size = int(flags[flags.index("--batch-size") + 1])
+    enough_data = ["--num-datas", str(batch_size * (updates + 3))]
+    hook = register_optimizer_step_post_hook(after_update)
+    try:
+        with quietly() as folder:
+            program([*flags, *enough_data, "--run-dir", folder, "--wandb", wandb_mode])
+    except Enough:
+        return readings
+    finally:
+        hook.remove()
+    raise RuntimeError(f"the program ended after {len(readings)} updates")
+
+
+def update_seconds(*arguments: object, **options: object) -> list[float]:
+    """Run a program for so many updates. -> the seconds of each, logging and fetching included."""
+    ends = read_after_updates(*arguments, **options)
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[str]:
+    """Hide what a program prints. -> a folder for its run, removed afterwards."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        for name in ("pytorch_lightning", "lightning_fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield f"{folder}/run"
+        finally:
+            wandb.finish()
+
+
+def run_train(flags: list[str]) -> None:
+    train.main(flags)
+
+
+def run_lightning(flags: list[str]) -> None:
+    train_lightning.main(flags, callbacks=[])  # without the recorder, which only the proof needs
+
+
+@exits_cleanly
+def run_barebones_lightning(flags: list[str]) -> None:
+    """trainer.fit with all switched off that can be: logging, bar, checkpoints, checks."""
+    processes = start_processes()
+    config, _, _ = load_config(flags, processes)
+    device, _ = choose_device(config.accelerator)
+    choose_threads(config.dim, config.batch_size)
+    keep_freed_memory()
+    task = Task.from_config(config)
+    splits = split_pairs(task, config.holdout, config.seed)
+    train_loader, _, _ = make_loaders(config, task, splits, processes, device)
+    trainer = pl.Trainer(
+        accelerator=config.accelerator,
+        devices=1,
+        max_epochs=1,
+        barebones=True,
+        gradient_clip_val=config.clip_norm,
+    )
+    trainer.fit(train_lightning.LitTransformer(config, task, splits), train_loader)
