@@ -25,6 +25,7 @@ from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.hardware import (
     AUTOCAST_TYPES,
+    allow_tf32,
     choose_device,
     choose_threads,
     compile_model,
@@ -104,11 +105,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     # torch.amp with device "cuda" replaces torch.cuda.amp, deprecated since PyTorch 2.4. Small fp16
     # gradients would become zero: the scaler multiplies the loss before the backward pass and
-    # divides the gradients after it. Without fp16 it does nothing.
+    # divides the gradients after it. Without fp16 it does nothing. What stays in float32 a GPU may
+    # multiply in TF32, a little less precisely and much faster.
     dtype = AUTOCAST_TYPES[config.amp]
     autocast = torch.amp.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    torch.set_float32_matmul_precision("high")  # lets a GPU use TF32 where float32 is asked for
+    allow_tf32()
 
     # `model` owns the weights; `network` is what training calls. With several processes it also
     # averages the gradients over them.

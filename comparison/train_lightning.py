@@ -26,6 +26,7 @@ from transformer_scratch.config import Config, load_config, run_name
 from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.hardware import (
+    allow_tf32,
     choose_device,
     choose_threads,
     compile_model,
@@ -124,7 +125,7 @@ def main(
     task = Task.from_config(config)
     splits = split_pairs(task, config.holdout, config.seed)
     train_loader, val_loader, test_loader = make_loaders(config, task, splits, processes, device)
-    torch.set_float32_matmul_precision("high")
+    allow_tf32()
 
     module = with_hooks(LitTransformer, hooks)(config, task, splits)
     folder = Path(config.run_dir or RUNS / f"{run_name(config)}-lightning")

@@ -12,6 +12,7 @@ import wandb
 
 from transformer_scratch.commands import shell_command
 from transformer_scratch.config import Config, run_name
+from transformer_scratch.errors import when_main_ends
 from transformer_scratch.evaluation import Prediction, pair_to_show, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import RunFolder
@@ -54,9 +55,10 @@ def start_wandb(config: Config, run: RunFolder) -> str:
     if run.is_main:
         mode, reason = choose_mode(config.wandb)
     folder = run.path.absolute()  # W&B's own process may have been started in another folder
-    if mode != "disabled":
+    if mode != "disabled" and "WANDB_DATA_DIR" not in os.environ:
         # W&B keeps copies of artifacts: in the run's folder, rather than in the user's home.
-        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
+        os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")
+        when_main_ends(os.environ.pop, "WANDB_DATA_DIR", None)
     settings = {
         "project": config.wandb_project,
         "name": run_name(config),

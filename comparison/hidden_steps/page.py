@@ -20,7 +20,7 @@ def write_page(folder: Path, parity: Parity, rows: list[tuple[str, str, str]]) -
     ours = (PROJECT / "train.py").read_text(encoding="utf-8")
     theirs = (PROJECT / "comparison/train_lightning.py").read_text(encoding="utf-8")
     # What comes before is imports.
-    ours_from = line_number(ours, "@torch.inference_mode()")
+    ours_from = line_number(ours, "def token_loss")
     theirs_from = line_number(theirs, "class LitTransformer")
     steps = {
         hidden.tag: {

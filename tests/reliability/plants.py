@@ -249,17 +249,6 @@ def act_at_output(output: str, number: int, act: Callable[[], None]) -> None:
     setattr(owner, name, show)
 
 
-def lose_the_terminal() -> None:
-    """Whoever read the output has gone: every print fails from now on."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer, 1)
-    os.dup2(writer, 2)
-
-
-# ----------------------------------------------------------------------- in the data and memory
-
-
 def raise_in_dataset(batch: int) -> None:
     """Let the dataset raise when it fetches a batch (from 1)."""
     count, fetch = counter(), batches.PairDataset.__getitem__

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step is finished, the state saved, the exit code true."""
+"""Ctrl-C, SIGTERM, SIGHUP: the step is finished, the state saved, the exit code true."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
-from plants import signal_at_step, signal_in_save, signal_while_answering
+from plants import chain, signal_at_step, signal_in_save, signal_while_answering
 from trainings import NEW, RESUME, SMALL, fingerprint, steps_done
 
 from transformer_scratch.checkpoint import load_checkpoint
@@ -19,6 +19,7 @@ STEP = functools.partial(signal_at_step, 4)
 VALIDATION = functools.partial(signal_while_answering, 1)
 TEST = functools.partial(signal_while_answering, 3)
 SIGINT, SIGTERM = (signal.SIGINT, 130), (signal.SIGTERM, 143)
+SIGHUP = (signal.SIGHUP, 129)  # the terminal was closed
 slow = pytest.mark.slow
 
 
@@ -27,6 +28,7 @@ slow = pytest.mark.slow
     [
         pytest.param(STEP, SIGINT, 4, id="Ctrl-C in a step"),
         pytest.param(STEP, SIGTERM, 4, id="SIGTERM in a step", marks=slow),
+        pytest.param(STEP, SIGHUP, 4, id="SIGHUP in a step"),
         pytest.param(VALIDATION, SIGTERM, 6, id="SIGTERM in validation"),
         pytest.param(VALIDATION, SIGINT, 6, id="Ctrl-C in validation", marks=slow),
         pytest.param(signal_in_save, SIGINT, 6, id="Ctrl-C in a save", marks=slow),
@@ -62,6 +64,14 @@ def test_a_second_sigterm_changes_nothing(run):
     plant = functools.partial(signal_at_step, 4, signal.SIGTERM, 2)
     assert run(*SMALL, *NEW, plant=plant)[0] == 143
     assert load_checkpoint(Path("run/last.pt"))["step"] == 4
+
+
+@slow
+def test_under_nohup_a_closed_terminal_changes_nothing(run, undisturbed):
+    ignored = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    closed = functools.partial(signal_at_step, 4, signal.SIGHUP)
+    assert run(*SMALL, *NEW, plant=chain(ignored, closed))[0] == 0
+    assert fingerprint(Path("run")) == undisturbed(*SMALL)
 
 
 @slow
