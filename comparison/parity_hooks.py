@@ -25,7 +25,7 @@ class TokenWeightedUpdates:
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = super().training_step(batch, batch_idx)
-        # Multiplying and dividing again is exact for powers of two only.
+        # The backward pass divides by parts and multiplies again: exact for up to 40 of them.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return {**outputs, "loss": outputs["loss"] * parts}
 

@@ -41,6 +41,7 @@ MORE = {
     "fp16": "--amp fp16",
     "fp16, accumulation, clipping": "--amp fp16 --accumulate 2 --clip-norm 0.1 --num-datas 224",
     "accumulation of 2": "--accumulate 2",
+    "accumulation of 3": "--accumulate 3 --num-datas 320",
     "accumulation of 4": "--accumulate 4 --num-datas 256",
     "clipping": "--clip-norm 0.05",
     "no clipping": "--clip-norm 0",
@@ -127,13 +128,6 @@ def test_without_its_hook_lightning_refuses_to_clip_for_a_fused_optimizer_in_bf1
     with pytest.raises(SystemExit):
         train_lightning.main(flags, hooks=all_hooks_but("ClipsAndKeepsTheNorm"))
     assert "does not allow for gradient clipping" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_accumulation_of_three_differs_by_rounding(run_both):
-    """Multiplying a loss by three and dividing it again is not exact for each number in binary."""
-    parity = run_both("--accumulate 3 --num-datas 960 --max-epochs 3")
-    assert 0 < parity.max_loss_difference < 1e-5 and not parity.weights_equal
 
 
 @pytest.mark.slow
