@@ -7,6 +7,7 @@ REQUIRE_COMPARISON=1 that is an error.
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # another order.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Signals that a job in the background ignores stay ignored in train.py: here they are to be heard.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 sys.path.insert(0, str(PROJECT))
 
 without_comparison = importlib.util.find_spec("pytorch_lightning") is None
