@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,8 @@ def start_wandb(config: Config, run: RunFolder) -> str:
             wandb.init(mode=mode, **settings)
         except wandb.Error as error:
             mode, reason = "offline", f"W&B did not answer: {str(error).splitlines()[0]}"
+            # W&B's own process holds on to the id of the attempt that failed.
+            run.wandb_id = settings["id"] = uuid.uuid4().hex[:8]
             wandb.init(mode=mode, **settings)
         wandb.define_metric("*", step_metric="step")
         for split in ("val", "test"):  # the losses of single batches count batches, not updates
