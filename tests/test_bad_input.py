@@ -136,6 +136,7 @@ def test_an_accelerator_that_is_not_there(refused, accelerator, monkeypatch):
     assert f"--accelerator {accelerator}" in message and "--accelerator cpu works" in message
 
 
+@pytest.mark.slow
 def test_several_devices_without_torchrun_print_the_command_to_type(script):
     flags = ["--devices", "2", "--dim", "64", "--wandb-project", "my project"]
     process = script("train.py", *flags)

@@ -114,6 +114,7 @@ def test_curves_and_schedule_show_the_numbers_of_the_run():
     assert bottom.lines[2].get_xydata().tolist() == [[2, 1.0]]  # the skipped update
 
 
+@pytest.mark.slow
 def test_evaluate_draws_them_all_and_names_the_next_to_look_at(train, tiny, tmp_path, capsys):
     train(*tiny, "--max-epochs", "1", "--run-dir", "run")
     evaluate.main(["--run", "run"])

@@ -177,6 +177,7 @@ def test_without_lightning_its_tests_are_left_out_with_one_line(bare_python):
     assert "skipped" not in process.stdout
 
 
+@pytest.mark.slow
 def test_where_the_comparison_is_required_its_absence_is_an_error(bare_python):
     process = run_pytest(bare_python, "tests/test_attention.py", REQUIRE_COMPARISON="1")
     assert process.returncode == 4

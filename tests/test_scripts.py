@@ -122,6 +122,7 @@ def test_the_summary_says_everything(finished):
     assert len(re.findall(r"^epoch \d: train loss", text, re.M)) == 2
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_output_who_leaves_is_no_fault():
     """As `head` does."""
     command = [sys.executable, str(PROJECT / "train.py"), "--help"]
