@@ -1,6 +1,8 @@
 """This process among those that torchrun started to train one model together."""
 
+import atexit
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -88,8 +90,20 @@ def start_processes() -> Processes:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         own_store = dist.PrefixStore(name_of_this_start(store, rank, world_size), store)
         dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
-        when_main_ends(dist.destroy_process_group)
+        when_main_ends(leave_process_group)
     return Processes(rank, int(os.environ["LOCAL_RANK"]), world_size, store)
+
+
+def leave_process_group() -> None:
+    """Leave the group when main has ended well, otherwise when the process ends.
+
+    After a fault the traceback still holds the distributed model, whose destructor would then wait
+    for a peer that is gone.
+    """
+    if sys.exc_info()[0] is None:
+        dist.destroy_process_group()
+    else:
+        atexit.register(dist.destroy_process_group)
 
 
 def name_of_this_start(store: dist.Store, rank: int, world_size: int) -> str:
