@@ -78,14 +78,12 @@ class RunFolder:
         """
         self.waiting.append(row)
 
-    def flush(self) -> dict | None:
+    def flush(self) -> dict:
         """Read all numbers that wait on the device and write their rows. -> the newest of them.
 
         Raises TrainingFault at the first loss or norm that is not finite; rows before it are kept.
         """
         rows, self.waiting = self.waiting, []
-        if not rows:
-            return None
         losses = self.processes.sum(torch.stack([row["train/loss_step"] for row in rows]))
         for row, loss in zip(rows, losses, strict=True):
             row["train/loss_step"] = loss
