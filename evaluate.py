@@ -6,7 +6,10 @@ python evaluate.py --run runs/<name> --checkpoint last
 """
 
 import json
+import math
 import os
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +25,7 @@ from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.evaluation import Prediction, exact_match, pair_to_show, predict
 from transformer_scratch.hardware import choose_device, choose_threads, keep_freed_memory
 from transformer_scratch.model import Transformer
-from transformer_scratch.run_folder import newest_run
+from transformer_scratch.run_folder import newest_run, read_metrics
 from transformer_scratch.task import Pair, Splits, Task, split_pairs
 
 
@@ -47,22 +50,22 @@ def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
 
     Where best.pt or last.pt is damaged, another good file of the run is taken, with a warning.
     """
-    if arguments.run is not None and not Path(arguments.run).is_dir():
-        raise BadInput(f"--run {arguments.run}: no such folder; give a run's, runs/<name>")
+    given = None if arguments.run is None else from_home(arguments.run)
+    if given and not given.is_dir():
+        raise BadInput(f"--run {given}: no such folder; give a run's, runs/<name>")
     if arguments.checkpoint not in ("best", "last"):
-        file = Path(arguments.checkpoint)
+        file = from_home(arguments.checkpoint)
         if not file.is_file():
             raise BadInput(
                 f"--checkpoint {file}: no such file; give best, last or a path, "
                 "runs/<name>/epoch=3.pt"
             )
-        folder = file.parent if arguments.run is None else Path(arguments.run)
-        return load_checkpoint(file), file, folder
-    folder = newest_run() if arguments.run is None else Path(arguments.run)
-    latest_first = sorted(
-        folder.glob("epoch=*.pt"), key=lambda file: file.stat().st_mtime, reverse=True
-    )
-    others = {"best": [*latest_first, folder / "last.pt"], "last": [folder / "previous.pt"]}
+        return load_checkpoint(file), file, given or file.parent
+    folder = given or newest_run()
+    others = {
+        "best": [*epoch_files(folder), folder / "last.pt"],
+        "last": [folder / "previous.pt"],
+    }
     candidates = [folder / f"{arguments.checkpoint}.pt", *others[arguments.checkpoint]]
     if not any(file.exists() for file in candidates):
         raise CheckpointError(
@@ -70,6 +73,22 @@ def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
         )
     content, file = load_first_good(candidates)
     return content, file, folder
+
+
+def from_home(path: str) -> Path:
+    """~ is the home folder, also where the shell leaves it as it is: --run=~/runs/a."""
+    return Path(os.path.expanduser(path))
+
+
+def epoch_files(folder: Path) -> list[Path]:
+    """The weights of single epochs, those with the lowest validation loss first."""
+    losses = {}
+    with suppress(OSError, ValueError):  # metrics.jsonl may be damaged: any epoch will do then
+        rows = read_metrics(folder)
+        losses = {row["epoch"]: row["val/loss_epoch"] for row in rows if "val/loss_epoch" in row}
+    by_name = {f"epoch={epoch}.pt": loss for epoch, loss in losses.items()}
+    files = folder.glob("epoch=*.pt")
+    return sorted(files, key=lambda file: by_name.get(file.name, math.inf))
 
 
 @torch.inference_mode()
@@ -134,7 +153,7 @@ def results(predictions: dict[Pair, Prediction], splits: Splits, loss: float) ->
     }
 
 
-def print_summary(result: dict, task: Task, file: Path, folder: Path) -> None:
+def print_summary(result: dict, task: Task, file: Path) -> None:
     print(f"\ncheckpoint      {file}")
     print(f"trained pairs   {result['exact_match_seen']:.1%} exact, of {result['num_seen']}")
     if result["num_unseen"]:
@@ -153,8 +172,23 @@ def print_summary(result: dict, task: Task, file: Path, folder: Path) -> None:
         pair, said, right = (" ".join(map(str, sequence)) for sequence in ids)
         print(f"wrong           {pair} -> {said} ({kind}; right: {right})")
     if len(wrong) > 20:
-        print(f"                ... and {len(wrong) - 20} more, in {folder / 'evaluation.json'}")
-    print(f"written         {folder / 'evaluation.json'}")
+        print(f"                ... and {len(wrong) - 20} more")
+
+
+def save_results(result: dict, file: Path) -> None:
+    """What was printed stands, also where the file cannot be written: the run is somebody else's,
+    or the disk is full."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"warning: {file} could not be written: {reason}", file=sys.stderr)
+        with suppress(OSError):
+            temporary.unlink()
+    else:
+        print(f"written         {file}")
 
 
 @exits_cleanly
@@ -190,24 +224,20 @@ def main(arguments: list[str] | None = None) -> None:
         f"({pair[0]} {pair[1]} was {'trained' if pair in splits.train else 'never trained'}; "
         f"{task.start_id} starts, {task.end_id} ends, {task.pad_id} pads)"
     )
+    print_summary(result, task, file)
+    save_results(result, folder / "evaluation.json")
+    if not arguments.pictures:
+        return
     try:
-        temporary = folder / "evaluation.json.tmp"
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "evaluation.json")
-    except OSError as error:
-        raise BadInput(f"{folder / 'evaluation.json'} cannot be written: {error}") from None
-    print_summary(result, task, file, folder)
-    if arguments.pictures:
-        from transformer_scratch.plots import save_pictures  # matplotlib takes long to import
-
-        try:
-            files = save_pictures(folder, model, task, splits, predictions, pair, config.clip_norm)
-        except OSError as error:
-            raise BadInput(
-                f"the pictures cannot be written: {error}; --no-pictures leaves them out"
-            ) from None
-        print(f"pictures        {', '.join(picture.name for picture in files)}")
-        print(f"next            look at {files[0]}")
+        from transformer_scratch.plots import draw_run, draw_training, save_pictures
+    except Exception as error:  # matplotlib is not installed, or broken
+        print(f"warning: no pictures: {type(error).__name__}: {error}", file=sys.stderr)
+        return
+    drawings = draw_run(model, task, splits, predictions, pair)
+    drawings |= draw_training(folder, task.vocab_size, config.clip_norm)
+    if pictures := save_pictures(drawings, folder / "pictures"):
+        print(f"pictures        {', '.join(picture.name for picture in pictures)}")
+        print(f"next            look at {pictures[0]}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from transformer_scratch import summary
-from transformer_scratch.batches import Batch, make_loaders
+from transformer_scratch.batches import Batch, make_loaders, until_stopped
 from transformer_scratch.config import load_config
 from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.evaluation import exact_match, predict
@@ -39,7 +39,7 @@ from transformer_scratch.random_state import RandomState, seed_everything
 from transformer_scratch.run_folder import RunFolder
 from transformer_scratch.signals import Signals
 from transformer_scratch.task import Task, split_pairs
-from transformer_scratch.tracking import answers_table, finish_wandb, never_fatal, start_wandb
+from transformer_scratch.tracking import answers_table, in_background, log_results, start_wandb
 
 
 def token_loss(network: nn.Module, batch: Batch, pad_id: int) -> Tensor:
@@ -64,9 +64,8 @@ def evaluate(
 
 
 def log(row: dict) -> None:
-    """Send a row to W&B. A logger that dies costs a warning, not the run."""
-    with never_fatal("W&B"):
-        wandb.log(row)
+    """Send a row to W&B, in a thread of its own: a server that is down must not stop training."""
+    in_background(wandb.log, row)
 
 
 @exits_cleanly
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         # Saved before the first update, so that a run can be resumed whatever happens to it.
         run.save(everything)
 
-    where_to_look = start_wandb(config, run)
+    where_to_look = start_wandb(config, run, signals)
     summary.print_start(config, reasons, model, splits, run, where_to_look)
     batches_per_epoch = len(train_loader.sampler)
     updates_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
@@ -164,7 +163,14 @@ def main(arguments: list[str] | None = None) -> None:
         started_at, tokens_before = time.perf_counter(), progress.epoch_tokens
         update_loss = torch.zeros((), device=device)
 
-        for batch in train_loader:
+        for batch in until_stopped(train_loader, signals):
+            if batch is None:
+                # A data worker hangs, and a signal asks to stop. Between two updates the state can
+                # be saved, unless other processes would have to take part.
+                if progress.batch % config.accumulate == 0 and processes.world_size == 1:
+                    run.save(everything)
+                raise summary.stopped(signals.received, run, progress.step)
+
             batch = batch.to(device)  # [hidden: batch to the device]
             progress.batch += 1
             epoch_ends = progress.batch == batches_per_epoch
@@ -261,8 +267,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         summary.print_epoch(bar, row)
         for index, loss in enumerate(val_losses, start=epoch * len(val_losses)):
-            log({"val/loss_step": loss, "val/batch": index})
-        log({**row, "tokens/s": tokens / seconds, "val/answers": answers_table(answers, splits)})
+            log({"step": progress.step, "val/loss_step": loss, "val/batch": index})
+        log({**row, "tokens/s": tokens / seconds})
+        log({"step": progress.step, "val/answers": answers_table(answers, splits)})
         if stop_signal := signals.exchange():
             raise summary.stopped(stop_signal, run, progress.step)
 
@@ -288,9 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     summary.print_end(run, row, answers)
     for index, loss in enumerate(test_losses):
-        log({"test/loss_step": loss, "test/batch": index})
-    log(row)
-    finish_wandb(run, row, model, task, splits)
+        log({"step": progress.step, "test/loss_step": loss, "test/batch": index})
+    log_results(run, row, model, task, splits)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from benchmarks.lib.measure import (
 )
 from transformer_scratch.batches import PairDataset
 from transformer_scratch.decoding import greedy_decode
+from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.hardware import keep_freed_memory
 from transformer_scratch.model import Transformer
 from transformer_scratch.task import Task
@@ -83,6 +84,7 @@ def ways_to_decode(options: Arguments, length: int) -> dict[str, Callable[[], ob
     }
 
 
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
     if options.quick:
@@ -116,10 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
         for length, ways in timings.items()
     }
     save_json(options, "decoding", {"size": size, "seconds": seconds})
-    draw(options, timings, size)
+    save_picture(options, "decoding", lambda: draw(options, timings, size))
 
 
-def draw(options: Arguments, timings: dict[int, dict[str, Timing]], size: str) -> None:
+def draw(options: Arguments, timings: dict[int, dict[str, Timing]], size: str) -> object:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -137,7 +139,7 @@ def draw(options: Arguments, timings: dict[int, dict[str, Timing]], size: str) -
     axes.set_ylabel("seconds for 100 sequences")
     axes.set_title(size, fontsize=10)
     axes.legend()
-    save_picture(options, "decoding", figure)
+    return figure
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
+from transformer_scratch.errors import exits_cleanly
+
 PROJECT = Path(__file__).resolve().parent.parent
 FLAGS = {
     "ten-digits": [],
@@ -63,9 +65,10 @@ def run_seed(flags: list[str], seed: int) -> dict:
 
 def run_script(name: str, *arguments: object) -> None:
     command = [sys.executable, name, *map(str, arguments)]
-    finished = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    finished = subprocess.run(command, cwd=PROJECT, capture_output=True)
     if finished.returncode:
-        sys.exit(f"{name} ended with {finished.returncode}:\n{finished.stderr}")
+        error = finished.stderr.decode(errors="replace")
+        sys.exit(f"{name} ended with {finished.returncode}:\n{error}")
 
 
 def print_table(rows: list[dict]) -> None:
@@ -81,6 +84,7 @@ def print_table(rows: list[dict]) -> None:
     print(f"| mean | {cells} | {seconds:.0f} | |")
 
 
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
     rows = []

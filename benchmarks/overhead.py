@@ -40,6 +40,7 @@ from benchmarks.lib.programs import (
     update_seconds,
 )
 from benchmarks.lib.stopwatch import Stopwatch
+from transformer_scratch.errors import exits_cleanly
 
 Size = Literal["small", "default", "paper"]
 Program = Callable[[list[str]], object]
@@ -105,6 +106,7 @@ def measure(size: Size, quick: bool) -> tuple[dict[str, Timing], dict[str, Timin
     return take_turns(whole_step), take_turns(around_the_model)
 
 
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
     options.set_threads()
@@ -127,10 +129,10 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         print_table(f"{size}: {' '.join(FLAGS[size])}", rows)
     save_json(options, "overhead", results)
-    draw(options, results)
+    save_picture(options, "overhead", lambda: draw(results))
 
 
-def draw(options: Options, results: dict) -> None:
+def draw(results: dict) -> object:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.4 + 1.6 * len(results)), layout="constrained")
@@ -143,7 +145,7 @@ def draw(options: Options, results: dict) -> None:
         axes.margins(x=0.12)
         axes.set_title(size, loc="left", fontsize="medium")
     panels[-1].set_xlabel("microseconds a step around the model")
-    save_picture(options, "overhead", figure)
+    return figure
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from transformer_scratch.batches import (
     make_datasets,
     make_loader,
 )
+from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.hardware import keep_freed_memory
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer
@@ -128,6 +129,7 @@ def measure(point: Point, windows: int) -> dict:
         return torch.load(f"{folder}/result.pt", weights_only=True)
 
 
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
     standard, sweeps = Point(), SWEEPS
@@ -165,10 +167,10 @@ def main(arguments: list[str] | None = None) -> None:
     others = ", ".join(f"{name} {value}" for name, value in asdict(standard).items())
     print_table(f"A training step as one thing grows; the others: {others}; {threads()}", rows)
     save_json(options, "scaling", {"standard": asdict(standard), "curves": curves})
-    draw(options, curves)
+    save_picture(options, "scaling", lambda: draw(curves))
 
 
-def draw(options: Arguments, curves: dict[str, list[dict]]) -> None:
+def draw(curves: dict[str, list[dict]]) -> object:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -189,7 +191,7 @@ def draw(options: Arguments, curves: dict[str, list[dict]]) -> None:
     grid[0, 0].set_ylabel("ms a step")
     grid[1, 0].set_ylabel("MiB a process")
     figure.suptitle("Time and memory of a training step as one thing grows")
-    save_picture(options, "scaling", figure)
+    return figure
 
 
 if __name__ == "__main__":

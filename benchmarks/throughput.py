@@ -26,6 +26,7 @@ from benchmarks.lib.measure import (
     threads,
 )
 from benchmarks.lib.training_steps import TrainingStep, TrainingSteps
+from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.hardware import (
     AUTOCAST_TYPES,
     choose_precision,
@@ -103,6 +104,7 @@ def against_lightning(options: Arguments) -> dict[str, Timing]:
     return interleave(programs, max(1, options.rounds // 3), "against Lightning")
 
 
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
     if options.quick:
@@ -135,7 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     name = f"throughput-dim{options.dim}"
     save_json(options, name, {"size": size, "seconds": seconds})
-    draw(options, name, groups["from the article's way to ours"])
+    ways = groups["from the article's way to ours"]
+    save_picture(options, name, lambda: draw(options, ways))
 
 
 def rows_of(timings: dict[str, Timing], batch_size: int) -> list[dict]:
@@ -156,7 +159,7 @@ def rows_of(timings: dict[str, Timing], batch_size: int) -> list[dict]:
     ]
 
 
-def draw(options: Arguments, name: str, timings: dict[str, Timing]) -> None:
+def draw(options: Arguments, timings: dict[str, Timing]) -> object:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.8), layout="constrained")
@@ -174,7 +177,7 @@ def draw(options: Arguments, name: str, timings: dict[str, Timing]) -> None:
         f"From the article's way to ours: dim {options.dim}, batch {options.batch_size}",
         fontsize=10,
     )
-    save_picture(options, name, figure)
+    return figure
 
 
 if __name__ == "__main__":

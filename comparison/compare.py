@@ -38,7 +38,7 @@ def new_folder(wanted: str | None) -> Path:
         while folder.exists():
             folder, number = RUNS / f"compare-{number}", number + 1
         return folder.resolve()
-    folder = Path(wanted)
+    folder = Path(os.path.expanduser(wanted))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"--run-dir {folder} is not an empty folder; give a new one")
     return folder.resolve()
@@ -73,7 +73,7 @@ def table(parity: Parity, folder: Path) -> list[tuple[str, str, str]]:
     rows += [(name, "", verdict(equal)) for name, equal in parity.others.items()]
     rows.append(("updates skipped by fp16 overflow", *map(str, parity.skipped)))
     twins = (folder / "lightning").glob("epoch=*.ckpt")
-    newest = max(twins, key=lambda file: file.stat().st_mtime)
+    newest = max(twins, key=lambda file: int(file.stem.removeprefix("epoch=")))
     checkpoints = (contents(folder / "plain" / "last.pt"), contents(newest))
     return [*rows, ("in the checkpoint written last", *checkpoints)]
 

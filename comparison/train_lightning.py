@@ -7,7 +7,7 @@ differs is who runs the loop: here it is trainer.fit. Where Lightning would comp
 than train.py, parity_hooks.py makes it compute the same, with one class for each difference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.processes import start_processes
 from transformer_scratch.run_folder import RUNS
 from transformer_scratch.task import Splits, Task, split_pairs
-from transformer_scratch.tracking import choose_mode
+from transformer_scratch.tracking import choose_mode, define_axes
 
 
 class LitTransformer(pl.LightningModule):
@@ -106,6 +106,22 @@ class LitTransformer(pl.LightningModule):
         self.log(f"{split}/exact_match", torch.tensor(share, dtype=torch.float64))
 
 
+class SameAxes(WandbLogger):
+    """Draws the curves over the axes of train.py, so that W&B lays those of both on each other.
+
+    Lightning numbers the updates from 0 while it trains, and gives the test their count.
+    """
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        metrics = dict(metrics)
+        split = next((name for name in ("val", "test") if f"{name}/loss_step" in metrics), None)
+        if split:
+            metrics[f"{split}/batch"] = step
+        else:
+            metrics["step"] = step if "test/loss_epoch" in metrics else step + 1
+        super().log_metrics(metrics, step)
+
+
 @exits_cleanly
 def main(
     arguments: list[str] | None = None,
@@ -131,6 +147,17 @@ def main(
     folder = Path(config.run_dir or RUNS / f"{run_name(config)}-lightning")
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(folder, processes)
+    logger = SameAxes(
+        name=run_name(config),
+        group=run_name(config),
+        project=config.wandb_project,
+        save_dir=folder.absolute(),
+        save_code=True,
+        tags=["debug" if config.debug else "run"],
+        mode=choose_mode(config.wandb)[0],
+    )
+    if processes.is_main:
+        define_axes(logger.experiment)
     trainer = pl.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -140,15 +167,7 @@ def main(
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.clip_norm,
         log_every_n_steps=config.log_every,
-        logger=WandbLogger(
-            name=run_name(config),
-            group=run_name(config),
-            project=config.wandb_project,
-            save_dir=folder.absolute(),
-            save_code=True,
-            tags=["debug" if config.debug else "run"],
-            mode=choose_mode(config.wandb)[0],
-        ),
+        logger=logger,
         callbacks=[
             ModelCheckpoint(
                 folder, "{epoch}", monitor="val/loss_epoch", save_top_k=config.save_top_k

@@ -21,6 +21,8 @@ TINY = ["--dim=16", "--num-layers=1", "--batch-size=32", "--num-datas=320", "--m
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
+# A notebook's, which need not exist here: Lightning imports matplotlib, which reads it.
+os.environ.pop("MPLBACKEND", None)
 # What they expect is a CPU's: its precision, its messages.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Exactness needs a fixed number of threads, in subprocesses too: another number adds up sums in
@@ -95,7 +97,7 @@ def script():
         return subprocess.run(
             [sys.executable, str(PROJECT / name), *map(str, arguments)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=timeout,
             stdin=subprocess.DEVNULL,
             cwd=cwd,

@@ -95,7 +95,7 @@ def test_the_command_as_typed(devices, tmp_path):
         [*command, "--run-dir", str(tmp_path / "both")],
         cwd=PROJECT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr

@@ -99,7 +99,7 @@ def check(folder: Path, solutions: dict[str, str], names: list[str]) -> subproce
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=folder,
         env=environment,
     )

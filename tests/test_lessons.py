@@ -55,7 +55,7 @@ def test_the_command_of_the_page_shows_what_the_page_says(page, tmp_path):
     finished = subprocess.run(
         [sys.executable, *command.split()[1:]],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
     )

@@ -91,8 +91,8 @@ def test_grid_of_other_tasks(digits, holdout):
 def test_attention_maps_have_every_head_and_the_tokens_on_the_axes(model):
     task = Task()
     predictions = answers_all_right_but(task, [])
-    figures = plots.draw_run(model, task, Splits(task.all_pairs(), [], []), predictions, (8, 4))
-    panels = figures["attention_cross"].axes[:4]
+    drawings = plots.draw_run(model, task, Splits(task.all_pairs(), [], []), predictions, (8, 4))
+    panels = drawings["attention_cross"]().axes[:4]
     assert [axes.get_title() for axes in panels] == [
         f"layer {i}, head {j}" for i in (1, 2) for j in (1, 2)
     ]

@@ -60,7 +60,9 @@ def test_scripts_and_package_do_not_import_lightning(file):
 def test_scripts_do_not_load_lightning_through_others():
     code = "import sys, train, train_minimal, evaluate; print(*sys.modules)"
     command = [sys.executable, "-c", code]
-    process = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        command, cwd=PROJECT, capture_output=True, encoding="utf-8", check=True
+    )
     loaded = packages(set(process.stdout.split()))
     assert "transformer_scratch" in loaded
     assert not loaded & (LIGHTNING | {"comparison"})
@@ -163,7 +165,7 @@ def run_pytest(
     kept = {name: value for name, value in os.environ.items() if name != "REQUIRE_COMPARISON"}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(
-        command, cwd=PROJECT, capture_output=True, text=True, env=kept | environment
+        command, cwd=PROJECT, capture_output=True, encoding="utf-8", env=kept | environment
     )
 
 

@@ -61,7 +61,7 @@ def test_the_first_block_trains_and_tests():
 @functools.cache
 def help_of(module: str) -> str:
     command = [sys.executable, "-m", module, "--help"]
-    shown = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    shown = subprocess.run(command, cwd=PROJECT, capture_output=True, encoding="utf-8")
     assert shown.returncode == 0, shown.stderr
     return shown.stdout
 
@@ -71,7 +71,9 @@ def test_the_command_can_be_typed(command):
     program, words = program_of(command), shlex.split(command)[1:]
     if program == "make":
         targets = [word for word in words if "=" not in word]
-        made = subprocess.run(["make", "-n", *targets], cwd=PROJECT, capture_output=True, text=True)
+        made = subprocess.run(
+            ["make", "-n", *targets], cwd=PROJECT, capture_output=True, encoding="utf-8"
+        )
         assert made.returncode == 0, made.stderr
     elif "train.py" in words:
         flags = words[words.index("train.py") + 1 :]

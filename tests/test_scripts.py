@@ -126,7 +126,9 @@ def test_the_summary_says_everything(finished):
 def test_a_reader_of_the_output_who_leaves_is_no_fault():
     """As `head` does."""
     command = [sys.executable, str(PROJECT / "train.py"), "--help"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
     process.stdout.close()
     assert process.wait() == 1 and process.stderr.read() == ""
 

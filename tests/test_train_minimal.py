@@ -71,7 +71,7 @@ def test_the_commands_as_typed_give_the_same_losses(tmp_path):
     full = [sys.executable, "train.py", *FEATURES_OFF, *flags, "--run-dir", str(tmp_path / "run")]
     printed, _ = (
         subprocess.run(
-            command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+            command, cwd=PROJECT, env=environment, capture_output=True, encoding="utf-8", check=True
         ).stdout
         for command in (minimal, full)
     )

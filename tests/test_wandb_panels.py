@@ -38,7 +38,7 @@ def offline_run(script, tiny, tmp_path, monkeypatch) -> SimpleNamespace:
     def inspect(*options: str) -> str:
         program = Path(sys.executable).with_name("wandb")
         command = [program, "leet", "inspect", *options, "--json", folder]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8")
         assert result.returncode == 0, result.stderr or result.stdout
         return result.stdout
 
@@ -107,28 +107,24 @@ def test_an_offline_run_holds_what_a_lab_looks_at(offline_run):
 def test_weights_are_uploaded_online_and_pictures_drawn_where_someone_looks(
     mode, uploads, draws, monkeypatch, tmp_path
 ):
-    artifacts, drawn, ends = [], [], []
+    uploaded, drawn, alerts = [], [], []
 
     def draw_run(*arguments: object) -> dict:
         drawn.append("run")
         return dict.fromkeys(("answers", "attention_cross", "attention_self"))
 
-    def log_artifact(file: Path, **options: str) -> None:
-        artifacts.append((file, options))
-
     started = SimpleNamespace(offline=mode == "offline", disabled=mode == "disabled", id="abc")
+    monkeypatch.setattr(tracking, "in_background", lambda function, *given: function(*given))
+    monkeypatch.setattr(tracking, "upload_weights", uploaded.append)
     monkeypatch.setattr(wandb, "run", started)
     monkeypatch.setattr(wandb, "log", lambda row: None)
-    monkeypatch.setattr(wandb, "alert", lambda title, text: ends.append(text))
-    monkeypatch.setattr(wandb, "finish", lambda: ends.append("finished"))
-    monkeypatch.setattr(wandb, "log_artifact", log_artifact)
+    monkeypatch.setattr(wandb, "alert", lambda title, text: alerts.append(text))
     monkeypatch.setattr(plots, "draw_run", draw_run)
-    monkeypatch.setattr(plots, "save_figures", lambda figures, folder: [])
+    monkeypatch.setattr(plots, "save_pictures", lambda pictures, folder: [])
     task = Task()
     model = Transformer(vocab_size=14, dim=16, num_layers=1).eval()
-    run, row = SimpleNamespace(path=tmp_path / "run"), {"test/exact_match": 0.25}
-    tracking.finish_wandb(run, row, model, task, split_pairs(task, 0.2, 1))
-    assert ends == ["run: test exact match 25.0%", "finished"]
-    weights = (tmp_path / "run/best.pt", {"name": "best-abc", "type": "model"})
-    assert artifacts == [weights] * uploads
+    run, row = SimpleNamespace(path=tmp_path / "run"), {"step": 9, "test/exact_match": 0.25}
+    tracking.log_results(run, row, model, task, split_pairs(task, 0.2, 1))
+    assert alerts == ["run: test exact match 25.0%"] * draws
+    assert uploaded == [tmp_path / "run/best.pt"] * uploads
     assert bool(drawn) == draws

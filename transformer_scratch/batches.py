@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from transformer_scratch.output import warn_once
 from transformer_scratch.processes import Processes
+from transformer_scratch.signals import Signals
 from transformer_scratch.task import Pair, Splits, Task
 
 # Samples are sorted by length within windows of this many updates. A larger window leaves less
 # padding, but puts more sequences of one length into the same update.
 UPDATES_PER_WINDOW = 3
-WORKER_TIMEOUT = 600  # seconds; a data worker that hangs must not hold up the run for ever
+# Seconds. A data worker that hangs must not hold up the run for ever, nor keep it from hearing a
+# signal: the waiting comes in slices.
+WORKER_TIMEOUT, WARN_AFTER, SLICE = 600, 30, 3
 
 
 class Batch(NamedTuple):
@@ -220,6 +224,36 @@ def make_loader(
         generator=torch.Generator(),
         timeout=WORKER_TIMEOUT if num_workers else 0,
     )
+
+
+def until_stopped(loader: DataLoader, signals: Signals) -> Iterator[Batch | None]:
+    """The batches; None as soon as a worker does not deliver and a signal asks to stop.
+
+    Raises RuntimeError when a worker has delivered nothing for WORKER_TIMEOUT seconds.
+    """
+    if loader.num_workers:
+        loader.timeout = SLICE
+    iterator, waited = iter(loader), 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            waited += SLICE
+            if "timed out" not in str(error) or waited >= WORKER_TIMEOUT:
+                raise
+            if signals.received:
+                yield None
+            if waited >= WARN_AFTER:
+                warn_once(
+                    "workers",
+                    f"no data for {waited} seconds: a data worker hangs; "
+                    "--num-workers 0 needs none",
+                )
+        else:
+            waited = 0
+            yield batch
 
 
 def unchanged(batch: Batch) -> Batch:

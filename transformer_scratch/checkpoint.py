@@ -4,6 +4,7 @@ A checkpoint is a dict of tensors and plain types: torch.load reads it with weig
 runs no code.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor
 
 from transformer_scratch.errors import BadInput, TrainingFault
+from transformer_scratch.output import warn_once
+
+# What network file systems answer to a call that they do not have.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 FORMAT = 3  # 3: a matrix each for queries, keys and values; the progress as one part of the state
 
@@ -61,7 +66,7 @@ def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) 
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
+            force_to_disk(file.fileno())
         if keep_old_as and path.exists():
             link(path, keep_old_as)
         os.replace(temporary, path)
@@ -78,6 +83,8 @@ def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) 
 
 
 def free_space(folder: Path) -> str:
+    if not folder.exists():
+        return "the folder is gone, nothing"
     return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB"
 
 
@@ -98,7 +105,7 @@ def copy(existing: Path, name: Path) -> None:
     try:
         shutil.copyfile(existing, name)
         with open(name, "rb") as file:
-            os.fsync(file.fileno())
+            force_to_disk(file.fileno())
     except OSError:
         name.unlink(missing_ok=True)
         raise
@@ -108,9 +115,23 @@ def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        force_to_disk(descriptor)
     finally:
         os.close(descriptor)
+
+
+def force_to_disk(descriptor: int) -> None:
+    """Return when a file or a folder is on the disk. A file system that cannot is warned of."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        warn_once(
+            "fsync",
+            f"this file system cannot force files to the disk ({error.strerror}); "
+            "after a power cut the newest checkpoint may be missing",
+        )
 
 
 def load_checkpoint(path: Path) -> dict:

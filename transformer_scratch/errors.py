@@ -3,22 +3,28 @@
 import atexit
 import errno
 import functools
-import io
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from contextvars import ContextVar
 
 import torch
+
+from transformer_scratch.output import lenient_output
 
 
 class BadInput(Exception):
     """Something the user gave cannot work; the message says what, and what to do. Exit code 2."""
 
+    exit_code = 2
+
 
 class TrainingFault(Exception):
     """The run cannot continue, for a known reason; the message says what to do. Exit code 1."""
+
+    exit_code = 1
 
 
 class Stopped(Exception):
@@ -29,7 +35,8 @@ class Stopped(Exception):
         self.exit_code = 128 + signal_number  # the convention of shells
 
 
-endings: list[ExitStack] = []  # what to undo when the main function that runs ends
+# What to undo when the main function that runs ends; each thread may run one.
+endings: ContextVar[ExitStack | None] = ContextVar("endings", default=None)
 
 
 def exits_cleanly(main: Callable) -> Callable:
@@ -41,41 +48,39 @@ def exits_cleanly(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def run(*arguments: object, **options: object) -> object:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # A name that the terminal cannot show must not end a run.
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            with ExitStack() as undo:
-                endings.append(undo)
-                try:
-                    return main(*arguments, **options)
-                finally:
-                    endings.remove(undo)
-        except Stopped as stopped:
-            leave(stopped.exit_code, str(stopped))
-        except BadInput as error:
-            leave(2, str(error))
-        except TrainingFault as error:
-            leave(1, str(error))
-        except KeyboardInterrupt:
-            leave(130, "interrupted; there was nothing to save")
-        except BrokenPipeError:
-            # Whoever read the output has left, as `head` does: there is nobody to tell.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except Exception as error:
-            if message := remedy(error):
-                leave(1, message, every_process=True)
-            traceback.print_exc()
-            sys.exit(1)
+        with lenient_output():
+            try:
+                with ExitStack() as undo:
+                    before = endings.set(undo)
+                    try:
+                        return main(*arguments, **options)
+                    finally:
+                        endings.reset(before)
+            except (Stopped, BadInput, TrainingFault) as error:
+                leave(error.exit_code, str(error))
+            except KeyboardInterrupt:
+                leave(130, "interrupted; there was nothing to save")
+            except Exception as error:
+                if message := remedy(error):
+                    leave(1, message, every_process=True)
+                traceback.print_exc()
+                sys.exit(1)
 
     return run
 
 
+def exit_code_so_far() -> int:
+    """The code that the program will exit with, for functions that are called when main ends."""
+    error = sys.exc_info()[1]
+    if error is None:
+        return 0
+    return getattr(error, "exit_code", 1)
+
+
 def when_main_ends(function: Callable, *arguments: object) -> None:
     """Call the function when main ends, however it ends: to undo a process-wide change."""
-    if endings:
-        endings[-1].callback(function, *arguments)
+    if undo := endings.get():
+        undo.callback(function, *arguments)
     else:  # called outside a main function
         atexit.register(function, *arguments)
 
@@ -103,8 +108,7 @@ def leave(code: int, message: str, every_process: bool = False) -> None:
     if every_process or rank() in (None, "0"):
         label = "error" if code in (1, 2) else "stopped"
         label += f" in process {rank()}" if rank() else ""
-        with suppress(OSError):  # the terminal may be gone; the exit code says it, too
-            print(f"{label}: {message}", file=sys.stderr)
+        print(f"{label}: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -8,13 +8,18 @@ Shapes: H heads, T query positions, S key positions.
 """
 
 import math
+import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import transformer_scratch.own_matplotlib  # noqa: F401 - imports matplotlib, so it comes first
+
+# isort: split
 import torch
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParamsDefault
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -243,6 +248,8 @@ def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
     )
     right.set_title("Exact match: are whole answers right?")
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    for axes in (left, right):
+        axes.locator_params(axis="x", integer=True)
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     figure.suptitle(
         "How the run learned: the loss should fall, and the model's own answers come out right"
@@ -271,6 +278,7 @@ def draw_schedule(rows: list[dict], clip_norm: float) -> Figure:
             label="skipped: overflow",
         )
     bottom.set(xlabel="update", ylabel="gradient norm (log scale)", yscale="log")
+    bottom.locator_params(axis="x", integer=True)
     plain_numbers(bottom)
     bottom.set_title(
         "Gradient norm"
@@ -334,66 +342,75 @@ def draw_masks(recorded: dict[str, Attention], source: list[str], written: list[
 
 def draw_run(
     model: Transformer, task: Task, splits: Splits, predictions: dict[Pair, Prediction], pair: Pair
-) -> dict[str, Figure]:
-    """What the model itself shows, by file name; its attention while it answers one pair."""
+) -> dict[str, Callable[[], Figure]]:
+    """What the model itself shows, and its attention while it answers one pair.
+
+    -> by file name, the functions that draw the pictures, for save_pictures.
+    """
     source, answer = [task.start_id, *pair, task.end_id], predictions[pair].tokens
     asked = textwrap.shorten(
         f"{pair[0]} {pair[1]} → {' '.join(token_names(task, answer))}", 40, placeholder=" …"
     )
     written = [task.start_id, *answer[:-1]]
     padding = [task.pad_id] * 3
-    with rc_context(STYLE):
-        attention = record_attention(model, source, written)
-        columns, rows = token_names(task, source), token_names(task, answer)
-        masks = record_attention(model, source + padding, written + padding)
-        return {
-            "answers": draw_answers(task, predictions, splits),
-            "attention_cross": draw_attention(
-                task,
-                attention,
-                "cross_attention",
-                columns,
-                rows,
-                f"Where the decoder looks in the question while it answers {asked}",
-            ),
-            "attention_self": draw_attention(
-                task,
-                attention,
-                "self_attention",
-                token_names(task, written),
-                rows,
-                f"Where the decoder looks in its own answer so far, {asked}",
-            ),
-            "positions": draw_positions(model.positions[: task.seq_len].cpu()),
-            "masks": draw_masks(
-                masks, token_names(task, source + padding), token_names(task, written + padding)
-            ),
-        }
+
+    def attention(kind: str, looked_at: list[int], title: str) -> Figure:
+        recorded = record_attention(model, source, written)
+        columns, rows = token_names(task, looked_at), token_names(task, answer)
+        return draw_attention(task, recorded, kind, columns, rows, f"{title} {asked}")
+
+    def masks() -> Figure:
+        padded = source + padding, written + padding
+        recorded = record_attention(model, *padded)
+        return draw_masks(recorded, *(token_names(task, ids) for ids in padded))
+
+    return {
+        "answers": lambda: draw_answers(task, predictions, splits),
+        "attention_cross": lambda: attention(
+            "cross_attention", source, "Where the decoder looks in the question while it answers"
+        ),
+        "attention_self": lambda: attention(
+            "self_attention", written, "Where the decoder looks in its own answer so far,"
+        ),
+        "positions": lambda: draw_positions(model.positions[: task.seq_len].cpu()),
+        "masks": masks,
+    }
+
+
+def draw_training(
+    folder: Path, vocab_size: int, clip_norm: float
+) -> dict[str, Callable[[], Figure]]:
+    """How the run in this folder learned; nothing where it has no metrics."""
+    if not (folder / "metrics.jsonl").exists():
+        return {}
+    return {
+        "curves": lambda: draw_curves(read_metrics(folder), vocab_size),
+        "schedule": lambda: draw_schedule(read_metrics(folder), clip_norm),
+    }
 
 
 def save_pictures(
-    folder: Path,
-    model: Transformer,
-    task: Task,
-    splits: Splits,
-    predictions: dict[Pair, Prediction],
-    pair: Pair,
-    clip_norm: float,
+    drawings: dict[str, Callable[[], Figure]], folder: Path, style: dict[str, object] = STYLE
 ) -> list[Path]:
-    """Draw everything, with curves and schedule where the folder has metrics. -> the files."""
-    figures = draw_run(model, task, splits, predictions, pair)
-    if rows := read_metrics(folder):
-        with rc_context(STYLE):
-            figures |= {
-                "curves": draw_curves(rows, task.vocab_size),
-                "schedule": draw_schedule(rows, clip_norm),
-            }
-    return save_figures(figures, folder)
+    """Draw each picture and save it as folder/name.png. -> the files.
 
-
-def save_figures(figures: dict[str, Figure], folder: Path) -> list[Path]:
-    (folder / "pictures").mkdir(exist_ok=True)
-    files = [folder / "pictures" / f"{name}.png" for name in figures]
-    for file, figure in zip(files, figures.values(), strict=True):
-        figure.savefig(file)
+    What goes wrong with a picture costs that picture and a warning. What a matplotlibrc or the
+    notebook that calls this has set is put aside meanwhile.
+    """
+    settings = {name: rcParamsDefault[name] for name in rcParamsDefault if name != "backend"}
+    files, failed = [], {}
+    for name, draw in drawings.items():
+        file = folder / f"{name}.png"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with rc_context(settings | style):
+                draw().savefig(file)
+            files.append(file)
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            failed.setdefault(textwrap.shorten(reason, 200), []).append(file.name)
+            with suppress(OSError):
+                file.unlink()  # half a picture, or one from before
+    for reason, names in failed.items():
+        print(f"warning: no {', '.join(names)} in {folder}: {reason}", file=sys.stderr)
     return files

@@ -7,16 +7,26 @@ import json
 import math
 import os
 import sys
+import time
 import uuid
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
 
-from transformer_scratch.checkpoint import link, load_first_good, save_checkpoint
+from transformer_scratch.checkpoint import (
+    NOT_SUPPORTED,
+    CheckpointError,
+    force_to_disk,
+    link,
+    load_checkpoint,
+    load_first_good,
+    save_checkpoint,
+)
+from transformer_scratch.commands import path_argument, python_command
 from transformer_scratch.config import Config, run_name
 from transformer_scratch.errors import BadInput, TrainingFault, when_main_ends
+from transformer_scratch.output import warn_once
 from transformer_scratch.processes import Processes
 
 RUNS = Path("runs")
@@ -49,20 +59,19 @@ class RunFolder:
     def prepare(self, checkpoint: dict | None) -> None:
         """Lock the folder and clear away what a killed process left half written."""
         try:
-            lock = lock_folder(self.path)
+            lock_folder(self.path)
             for unfinished in self.path.glob("*.pt.*.tmp"):
                 unfinished.unlink()
             if checkpoint and checkpoint["file"] != str(self.path / "last.pt"):
                 # last.pt is damaged or gone: it must not become previous.pt at the next save.
                 link(self.path / "previous.pt", self.path / "last.pt")
             self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+            when_main_ends(self.metrics.close)
             self.write_config()
         except OSError as error:
             raise BadInput(
                 f"the run folder cannot be written: {error}; give another --run-dir"
             ) from None
-        when_main_ends(lock.close)
-        when_main_ends(self.metrics.close)
 
     def write_config(self) -> None:
         temporary = self.path / "config.json.tmp"
@@ -144,17 +153,22 @@ class RunFolder:
     def save(self, everything: dict) -> None:
         """Write last.pt: the state_dict() of everything the next update depends on.
 
-        The last.pt from before stays as previous.pt.
+        The last.pt from before stays as previous.pt. Raises TrainingFault when a number that waits
+        on the device is not finite, or when the file cannot be written.
         """
+        if self.waiting:
+            self.flush()
         state = {name: part.state_dict() for name, part in everything.items()}
         for name in OWN_TO_EACH_PROCESS:
             state[name] = self.processes.gather(state[name])
+        self.saved_step = everything["progress"].step
         if not self.is_main:
             return
-        os.fsync(self.metrics.fileno())
+        force_to_disk(self.metrics.fileno())
         state |= {
             "epoch": everything["progress"].epoch,
-            "step": everything["progress"].step,
+            "step": self.saved_step,
+            "saved_at": time.time(),
             "config": self.settings,
             "metrics_size": self.metrics.seek(0, os.SEEK_END),
             "wandb_id": self.wandb_id,
@@ -170,6 +184,7 @@ class RunFolder:
             if name in OWN_TO_EACH_PROCESS:
                 state = state[self.processes.rank]
             part.load_state_dict(state)
+        self.saved_step = checkpoint["step"]
         self.truncate_metrics(checkpoint["metrics_size"])
         for name, now in environment().items():
             before = checkpoint["environment"][name]
@@ -185,22 +200,47 @@ class RunFolder:
         if not self.is_main:
             return
         kept = [ranked_epoch for _, ranked_epoch in ranking]
+        content |= {"epoch": epoch, "config": self.settings}
         if epoch in kept:
-            content |= {"epoch": epoch, "config": self.settings}
             save_checkpoint(self.path / f"epoch={epoch}.pt", content)
-        best = next(file for file in self.ranked_files(ranking) if file.exists())
-        link(best, self.path / "best.pt")
+        self.set_best(ranking, content)
         for earlier in range(epoch + 1):
             if earlier not in kept:
                 (self.path / f"epoch={earlier}.pt").unlink(missing_ok=True)
 
+    def set_best(self, ranking: list, content: dict) -> None:
+        """Let best.pt hold the first epoch of the ranking.
+
+        Where somebody has deleted its file, that is said; best.pt may still hold its weights.
+        Otherwise the next best takes its place and, if none is left, the epoch that has just ended.
+        """
+        best = self.path / "best.pt"
+        for _, ranked_epoch in ranking:
+            file = self.path / f"epoch={ranked_epoch}.pt"
+            if file.exists():
+                link(file, best)
+                return
+            if epoch_of(best) == ranked_epoch:
+                warn_once(file.name, f"{file} is gone; best.pt still holds its weights")
+                return
+            warn_once(file.name, f"{file} is gone; the next best takes its place as best.pt")
+        save_checkpoint(best, content)
+
     def load_best(self, ranking: list) -> dict:
         """The best checkpoint or, where it is damaged, the next best. Raises CheckpointError."""
-        files = [self.path / "best.pt", *self.ranked_files(ranking)]
+        files = [self.path / "best.pt", *self.ranked_files(ranking), self.path / "last.pt"]
         return self.processes.run_on_main(lambda: load_first_good(files)[0])
 
     def ranked_files(self, ranking: list) -> list[Path]:
         return [self.path / f"epoch={epoch}.pt" for _, epoch in ranking]
+
+
+def epoch_of(path: Path) -> int | None:
+    """The epoch whose weights a checkpoint holds; None when it is missing or damaged."""
+    try:
+        return load_checkpoint(path)["epoch"]
+    except CheckpointError:
+        return None
 
 
 def environment() -> dict[str, object]:
@@ -215,20 +255,28 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def lock_folder(path: Path) -> TextIO:
-    """Take the folder for this process alone. -> the lock; close it to release it.
+def lock_folder(path: Path) -> None:
+    """Take the folder for this process until main ends.
 
     A POSIX record lock: the kernel drops it when its owner dies, and a forked data worker never
     owns it. Raises BadInput when another process trains in the folder.
     """
     file = open(path / ".lock", "a")  # noqa: SIM115
+    when_main_ends(file.close)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise BadInput(
             f"{path} is in use by another training process; wait for it, or start a new run"
         ) from None
-    return file
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        warn_once(
+            "lock",
+            f"this file system has no locks ({error.strerror}): "
+            "see to it yourself that no second process trains in this folder",
+        )
 
 
 def create_folder(config: Config) -> Path:
@@ -236,9 +284,11 @@ def create_folder(config: Config) -> Path:
     try:
         if config.run_dir is not None:
             path = Path(config.run_dir)
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                resume = f", or --resume {path}" if (path / "last.pt").exists() else ""
-                raise BadInput(f"--run-dir {path} is not an empty folder; give a new one{resume}")
+            if path.exists() and not (path.is_dir() and never_trained(path)):
+                advice = "give a new one"
+                if (path / "last.pt").exists():
+                    advice += f", or --resume {path_argument(path)}"
+                raise BadInput(f"--run-dir {path} is not an empty folder; {advice}")
             path.mkdir(parents=True, exist_ok=True)
             return path
         for number in itertools.count(1):
@@ -253,9 +303,35 @@ def create_folder(config: Config) -> Path:
         raise BadInput(f"the run folder cannot be made: {error}; give another --run-dir") from None
 
 
+def never_trained(folder: Path) -> bool:
+    """Whether a folder is empty, or left by a run that ended before its first state was saved."""
+    names = {path.name for path in folder.iterdir() if not path.match("last.pt.*.tmp")}
+    left_by_a_run = {".lock", "config.json", "config.json.tmp", "metrics.jsonl"}
+    return not names or (".lock" in names and names <= left_by_a_run)
+
+
 def newest_run() -> Path:
-    """The run in runs/ whose checkpoint was written last. Raises BadInput when there is none."""
-    checkpoints = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
-        raise BadInput("there is no trained run in runs/; start with: python train.py")
-    return checkpoints[-1].parent
+    """The run in runs/ whose state was saved last. Raises BadInput when there is none.
+
+    The clock in the checkpoint counts, not the date of the file: a copy has a new one. What was
+    saved in the future, by a clock that was wrong, comes last.
+    """
+    saved_at = {file.parent: time_of(file) for file in sorted(RUNS.glob("*/last.pt"))}
+    if not saved_at:
+        raise BadInput(
+            f"there is no trained run in runs/; start with: {python_command('train.py')}"
+        )
+    now = time.time()
+    return max(saved_at, key=lambda folder: saved_at[folder] if saved_at[folder] <= now else 0)
+
+
+def time_of(path: Path) -> float:
+    """When a state was saved, in seconds since 1970; 0 when the file is damaged.
+
+    Only what is needed is read: mmap leaves the tensors on the disk.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return content["saved_at"]
+    except Exception:  # a damaged file can raise almost anything; who loads it says what is wrong
+        return 0

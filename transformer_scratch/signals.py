@@ -1,23 +1,34 @@
-"""Ctrl-C, SIGTERM and a closed terminal stop a run after an update, once its state is saved."""
+"""Ctrl-C, SIGTERM, a closed terminal and others stop a run once its state is saved."""
 
 import os
 import signal
+import threading
 
 import torch
 
 from transformer_scratch.errors import when_main_ends
 from transformer_scratch.processes import Processes
 
+# Ctrl-C; what a system sends that shuts down; what a terminal sends that closes; what batch systems
+# send before they kill.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+
 
 class Signals:
-    """Remembers the first signal. A Ctrl-C after it exits at once, with the files as they are."""
+    """Remembers the first signal. A Ctrl-C after it exits at once, with the files as they are.
+
+    received: its number, 0 for none. Whoever waits, for a data worker or a server, looks at it.
+    """
 
     def __init__(self, processes: Processes):
         self.processes = processes
         self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python handles signals in its main thread alone
+        for number in STOPPING:
             before = signal.getsignal(number)
-            if before != signal.SIG_IGN:  # nohup ignores SIGHUP: that is to stay so
+            # nohup ignores SIGHUP: that is to stay so. None: a library in C listens.
+            if before not in (signal.SIG_IGN, None):
                 signal.signal(number, self.remember)
                 when_main_ends(signal.signal, number, before)
 

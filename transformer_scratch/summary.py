@@ -1,12 +1,11 @@
 """What a person reads before, during and after training. Only the main process speaks."""
 
 import sys
-from shlex import quote
 
 import torch
 from tqdm import tqdm
 
-from transformer_scratch.commands import resume_command, shell_command
+from transformer_scratch.commands import path_argument, python_command, resume_command
 from transformer_scratch.config import Config
 from transformer_scratch.errors import Stopped, when_main_ends
 from transformer_scratch.evaluation import Prediction, exact_match
@@ -89,10 +88,12 @@ def print_epoch(bar: tqdm, row: dict) -> None:
 
 
 def stopped(signal_number: int, run: RunFolder, step: int) -> Stopped:
-    """What to raise when a signal has stopped the run and its state is saved."""
+    """What to raise when a signal has stopped the run after a step."""
+    kept = "nothing is lost"
+    if run.saved_step < step:
+        kept = f"saved is step {run.saved_step}, the others will be computed again"
     command = resume_command(run.path, run.processes.world_size)
-    message = f"after step {step}; nothing is lost. Resume with: {command}"
-    return Stopped(signal_number, message)
+    return Stopped(signal_number, f"after step {step}; {kept}. Resume with: {command}")
 
 
 def print_finished(run: RunFolder, config: Config) -> None:
@@ -113,5 +114,5 @@ def print_end(run: RunFolder, row: dict, answers: dict[str, list[Prediction]]) -
     shares = ", ".join(f"{name} {exact_match(given):.1%}" for name, given in answers.items())
     print(f"exact match  {shares} of the pairs (test loss {row['test/loss_epoch']:.4f})")
     print(f"best         {run.path / 'best.pt'}")
-    evaluate = f"{shell_command('python')} evaluate.py --run {quote(str(run.path))}"
+    evaluate = f"{python_command('evaluate.py')} --run {path_argument(run.path)}"
     print(f"next         {evaluate}", flush=True)

@@ -1,11 +1,17 @@
-"""Weights & Biases: it never asks a question, needs no account, and cannot end a run."""
+"""Weights & Biases: it never asks a question, needs no account, and neither ends nor delays a run.
+
+Everything that may wait for its server is called in a thread of its own, in order. At the end that
+thread gets a minute; what is then not uploaded lies in the run's folder, for `wandb sync`.
+"""
 
 import dataclasses
 import os
+import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 
@@ -13,13 +19,22 @@ import wandb
 
 from transformer_scratch.commands import shell_command
 from transformer_scratch.config import Config, run_name
-from transformer_scratch.errors import when_main_ends
+from transformer_scratch.errors import Stopped, exit_code_so_far, when_main_ends
 from transformer_scratch.evaluation import Prediction, pair_to_show, predict
 from transformer_scratch.model import Transformer
+from transformer_scratch.output import warn_once, warned_of
 from transformer_scratch.run_folder import RunFolder
+from transformer_scratch.signals import Signals
 from transformer_scratch.task import Splits, Task
 
-warned_of: set[str] = set()
+# Seconds. How long to wait for W&B when a run has ended, and when a signal has stopped it: whoever
+# sends SIGTERM soon kills.
+PATIENCE, PATIENCE_WHEN_STOPPED = 60, 4
+# Seconds that a table may wait for the server to say whether it knows one of that name: W&B asks
+# only in order to complain early, and would wait 20 seconds each time.
+TABLE_TIMEOUT = 0.5
+
+SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
 
 
 @contextmanager
@@ -28,10 +43,39 @@ def never_fatal(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # wandb raises ConnectionResetError and others of its own accord
-        if name not in warned_of:
-            warned_of.add(name)
-            reason = f"{type(error).__name__}: {error}"
-            print(f"warning: {name} failed ({reason}); training continues", file=sys.stderr)
+        warn_once(name, f"{name} failed ({type(error).__name__}: {error}); training continues")
+
+
+# ------------------------------------------------------------------------------ W&B's own thread
+
+thread: ThreadPoolExecutor | None = None
+
+
+def in_background(function: Callable, *arguments: object) -> Future:
+    """Call a function in W&B's thread, after everything that was asked for before."""
+
+    def call() -> object:
+        with never_fatal("W&B"):
+            return function(*arguments)
+
+    return thread.submit(call)
+
+
+def ends_in_time(call: Future, seconds: float, signals: Signals, notice: str) -> bool:
+    """Wait for a call in the background. -> whether it ended before the time, or a signal, came.
+
+    notice: what to say when it takes long.
+    """
+    heard, start, patient = signals.received, time.monotonic(), True
+    while not call.done() and signals.received == heard and time.monotonic() < start + seconds:
+        if patient and time.monotonic() > start + 4:
+            print(notice, file=sys.stderr)
+            patient = False
+        wait([call], timeout=0.1)
+    return call.done()
+
+
+# ----------------------------------------------------------------------------- start of a run
 
 
 def choose_mode(requested: str) -> tuple[str, str]:
@@ -50,51 +94,144 @@ def choose_mode(requested: str) -> tuple[str, str]:
     return "offline", "the API key was not accepted"
 
 
-def start_wandb(config: Config, run: RunFolder) -> str:
-    """wandb.init; offline when the server does not answer. -> a line on where to see the run."""
+def start_wandb(config: Config, run: RunFolder, signals: Signals) -> str:
+    """Begin a run in W&B; offline when the server does not answer. -> where to see it."""
+    global thread
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="W&B")
+    service = Service(run)
+    when_main_ends(end_wandb, signals, service)
+    started = in_background(open_run, config, run, service)
+    if not ends_in_time(started, PATIENCE, signals, "waiting for W&B to answer"):
+        return "off, because it did not start in time"
+    return started.result() or "off, because it could not be started"
+
+
+def open_run(config: Config, run: RunFolder, service: "Service") -> str:
+    """wandb.init. -> a line on where to see the run."""
+    if service.is_ours:
+        wandb.setup(wandb.Settings(silent=True))
     mode, reason = "disabled", "the main process does it"
     if run.is_main:
         mode, reason = choose_mode(config.wandb)
-    folder = run.path.absolute()  # W&B's own process may have been started in another folder
-    if mode != "disabled" and "WANDB_DATA_DIR" not in os.environ:
-        # W&B keeps copies of artifacts: in the run's folder, rather than in the user's home.
-        os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")
-        when_main_ends(os.environ.pop, "WANDB_DATA_DIR", None)
     settings = {
         "project": config.wandb_project,
-        "name": run_name(config),
-        "group": run_name(config),  # the twin's too, so that W&B draws their curves together
-        "tags": ["debug" if config.debug else "run"],
         "config": dataclasses.asdict(config),
-        "dir": folder,
-        "save_code": True,
         "id": run.wandb_id,
         "resume": "allow",
-        "settings": wandb.Settings(init_timeout=20, finish_timeout=60, silent=True),
+        "reinit": "finish_previous",
+        "settings": wandb.Settings(
+            init_timeout=20,
+            silent=True,
+            # Found also when it was started from another folder.
+            program_abspath=str(SCRIPT),
+            program_relpath=SCRIPT.name,
+        ),
     }
-    with never_fatal("W&B"):
-        try:
-            wandb.init(mode=mode, **settings)
-        except wandb.Error as error:
-            mode, reason = "offline", f"W&B did not answer: {str(error).splitlines()[0]}"
-            # W&B's own process holds on to the id of the attempt that failed.
-            run.wandb_id = settings["id"] = uuid.uuid4().hex[:8]
-            wandb.init(mode=mode, **settings)
-        wandb.define_metric("*", step_metric="step")
-        for split in ("val", "test"):  # the losses of single batches count batches, not updates
-            wandb.define_metric(f"{split}/loss_step", step_metric=f"{split}/batch")
-        # The table of runs shows the best epoch rather than the last.
-        wandb.define_metric("val/loss_epoch", step_metric="step", summary="min")
-        wandb.define_metric("val/exact_match", step_metric="step", summary="max")
-        line = f"{mode} ({reason})"
-        if mode == "online":
-            line += f"; {wandb.run.url}"
-        if mode == "offline":
-            files = quote(str(run.path / "wandb" / Path(wandb.run.dir).parent.name))
-            line += f"\n             look at it: {shell_command('wandb')} leet {files}"
-            line += f"\n             upload it:  {shell_command('wandb')} sync {files}"
-        return line
-    return "off, because it could not be started"
+    # What the user has set for W&B counts; what is left open is ours.
+    defaults = {
+        "name": ("WANDB_NAME", run_name(config)),
+        "group": ("WANDB_RUN_GROUP", run_name(config)),  # the twin's, too: their curves together
+        "tags": ("WANDB_TAGS", ["run"]),
+        "dir": ("WANDB_DIR", run.path.absolute()),
+        "save_code": ("WANDB_DISABLE_CODE", True),
+    }
+    for name, (variable, default) in defaults.items():
+        if variable not in os.environ:
+            settings[name] = default
+    if config.debug:
+        settings["tags"] = ["debug"]
+    if mode != "disabled":
+        service.start()
+    try:
+        wandb.init(mode=mode, **settings)
+    except wandb.Error as error:
+        mode, reason = "offline", f"W&B did not answer: {str(error).splitlines()[0]}"
+        if "401" in str(error) or isinstance(error, wandb.errors.AuthenticationError):
+            reason = f"W&B refused the key; `{shell_command('wandb')} login --relogin`"
+        # Its process holds on to the run that could not begin.
+        service.kill()
+        service.start()
+        wandb.init(mode=mode, **settings)
+    define_axes(wandb.run)
+    line = f"{mode} ({reason})"
+    if mode == "online":
+        service.files = files_of_run()
+        wandb.run._public_api()._service_api._timeout = TABLE_TIMEOUT
+        line += f"; {wandb.run.url}"
+    if mode == "offline":
+        files = quote(files_of_run())
+        line += f"\n             look at it: {shell_command('wandb')} leet {files}"
+        line += f"\n             upload it:  {shell_command('wandb')} sync {files}"
+    return line
+
+
+def define_axes(run: wandb.Run) -> None:
+    """What the curves are drawn over: updates; for the losses of single batches, batches."""
+    run.define_metric("*", step_metric="step")
+    for split in ("val", "test"):
+        run.define_metric(f"{split}/loss_step", step_metric=f"{split}/batch")
+    # The table of runs shows the best epoch rather than the last.
+    run.define_metric("val/loss_epoch", step_metric="step", summary="min")
+    run.define_metric("val/exact_match", step_metric="step", summary="max")
+
+
+def files_of_run() -> str:
+    """The folder of this run's files, as `wandb sync` takes it."""
+    folder = Path(wandb.run.dir).parent
+    return min(str(folder), os.path.relpath(folder), key=len)
+
+
+class Service:
+    """The process in which W&B talks to its server, unless another program has started it.
+
+    wandb itself ends it only when everything is uploaded, and has no public way to stop waiting.
+    """
+
+    def __init__(self, run: RunFolder):
+        self.is_ours = "WANDB_SERVICE" not in os.environ
+        self.hooks = sys.exit, sys.excepthook  # which wandb replaces
+        self.process: subprocess.Popen | None = None
+        self.files: str | None = None  # the folder of an online run's files
+        # W&B keeps copies of artifacts: in the run's folder, rather than in the user's home.
+        # An absolute path, as its process may have been started in another folder.
+        self.variables = {"WANDB_DATA_DIR", "WANDB_CACHE_DIR"} - os.environ.keys()
+        for variable in self.variables:
+            os.environ[variable] = str(run.path.absolute() / "wandb")
+
+    def start(self) -> None:
+        connection = wandb.setup().ensure_service()
+        self.process = connection._proc._process if self.is_ours else None
+
+    def end(self, exit_code: int) -> bool:
+        """Finish the run, and wait for the uploads. -> whether everything has arrived."""
+        wandb.finish(exit_code)
+        if self.is_ours:
+            wandb.teardown(exit_code)
+        return self.files is None or not self.was_refused()
+
+    def was_refused(self) -> bool:
+        """Whether the server has refused something for good: only W&B's log says so."""
+        log = Path(self.files, "logs", "debug-internal.log").read_text(encoding="utf-8")
+        return '"api: HTTP error"' in log
+
+    def kill(self) -> None:
+        """End it at once; what was given to it lies on the disk."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            with suppress(Exception):  # it is gone, as wandb will complain
+                wandb.teardown()
+
+    def give_back(self) -> None:
+        """Undo what wandb and start() have changed in this process."""
+        if self.is_ours:
+            sys.exit, sys.excepthook = self.hooks
+            os.environ.pop("WANDB_SERVICE", None)
+        for variable in self.variables:
+            os.environ.pop(variable, None)
+
+
+# ----------------------------------------------------------------------------- tables and pictures
 
 
 def answers_table(answers: list[Prediction], splits: Splits) -> wandb.Table:
@@ -113,28 +250,61 @@ def answers_table(answers: list[Prediction], splits: Splits) -> wandb.Table:
     return wandb.Table(columns=["pair", "target", "prediction", "right", "held out"], data=rows)
 
 
-def finish_wandb(run: RunFolder, row: dict, model: Transformer, task: Task, splits: Splits) -> None:
-    """Log every answer of the best weights, with pictures, and the weights; announce the end."""
-    with never_fatal("W&B"):
-        if not wandb.run.disabled:
-            log_results(run, model, task, splits)
-        exact = f"{row['test/exact_match']:.1%}"
-        wandb.alert("Training has ended", f"{run.path.name}: test exact match {exact}")
-        wandb.finish()
-
-
-def log_results(run: RunFolder, model: Transformer, task: Task, splits: Splits) -> None:
-    """Answers as a table and as a picture, where the model looks, and, online, its weights."""
-    from transformer_scratch.plots import draw_run, save_figures  # matplotlib takes long to import
-
-    with never_fatal("the pictures for W&B"):
-        answers = {answer.pair: answer for answer in predict(model, task, task.all_pairs())}
-        figures = draw_run(model, task, splits, answers, pair_to_show(task, splits.test))
-        shown = {name: figures[name] for name in ("answers", "attention_cross", "attention_self")}
-        images = {
-            f"pictures/{file.stem}": wandb.Image(str(file))
-            for file in save_figures(shown, run.path)
-        }
-        wandb.log({"test/answers": answers_table(list(answers.values()), splits), **images})
+def log_results(run: RunFolder, row: dict, model: Transformer, task: Task, splits: Splits) -> None:
+    """Log the test's numbers, every answer of the best weights, and the weights."""
+    in_background(wandb.log, row)
+    if wandb.run is None or wandb.run.disabled:
+        return
+    with never_fatal("the answers for W&B"):
+        log_answers(run, row["step"], model, task, splits)
     if not wandb.run.offline:
-        wandb.log_artifact(run.path / "best.pt", name=f"best-{wandb.run.id}", type="model")
+        in_background(upload_weights, run.path / "best.pt")
+    exact = f"{row['test/exact_match']:.1%}"
+    in_background(wandb.alert, "Training has ended", f"{run.path.name}: test exact match {exact}")
+
+
+def log_answers(run: RunFolder, step: int, model: Transformer, task: Task, splits: Splits) -> None:
+    """Every pair's answer as a table and as a picture, and where the model looks for one."""
+    from transformer_scratch.plots import draw_run, save_pictures  # matplotlib takes long to import
+
+    answers = {answer.pair: answer for answer in predict(model, task, task.all_pairs())}
+    table = answers_table(list(answers.values()), splits)
+    in_background(wandb.log, {"step": step, "test/answers": table})
+    pictures = draw_run(model, task, splits, answers, pair_to_show(task, splits.test))
+    shown = {name: pictures[name] for name in ("answers", "attention_cross", "attention_self")}
+    for file in save_pictures(shown, run.path / "pictures"):
+        in_background(wandb.log, {"step": step, f"pictures/{file.stem}": wandb.Image(str(file))})
+
+
+def upload_weights(file: Path) -> None:
+    """As an artifact; without a copy in W&B's cache, which lies in the user's home."""
+    artifact = wandb.Artifact(f"best-{wandb.run.id}", type="model")
+    artifact.add_file(str(file), skip_cache=True, policy="immutable")
+    wandb.log_artifact(artifact)
+
+
+# ------------------------------------------------------------------------------- end of a run
+
+
+def end_wandb(signals: Signals, service: Service) -> None:
+    """Finish the run in W&B. Where its server does not answer, say how to upload the rest later."""
+    global thread
+    exit_code, stopped = exit_code_so_far(), signals.received
+    patience = PATIENCE_WHEN_STOPPED if stopped else PATIENCE
+    ended = in_background(service.end, exit_code)
+    notice = f"W&B is still uploading, for {patience} seconds at most; Ctrl-C ends it"
+    if not (ends_in_time(ended, patience, signals, notice) and ended.result()):
+        warned_of.add("W&B")  # what its thread now complains of is said here
+        service.kill()
+        if service.files:
+            command = f"{shell_command('wandb')} sync --no-skip-online {quote(service.files)}"
+            print(
+                "warning: W&B has not got everything. Upload curves, tables and pictures later "
+                f"with: {command}",
+                file=sys.stderr,
+            )
+    thread.shutdown(wait=False, cancel_futures=True)
+    thread = None
+    service.give_back()
+    if signals.received and not stopped and not exit_code:
+        raise Stopped(signals.received, "after the training was done")

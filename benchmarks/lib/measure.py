@@ -129,9 +129,9 @@ def save_json(options: Options, name: str, result: dict) -> None:
     print(f"\nwritten {file}")
 
 
-def save_picture(options: Options, name: str, figure) -> None:
-    """figure: a matplotlib.figure.Figure."""
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / f"{name}.png"
-    figure.savefig(file, dpi=100)
-    print(f"written {file}")
+def save_picture(options: Options, name: str, draw: Callable[[], object]) -> None:
+    """draw: -> a matplotlib Figure. Where it fails there is a warning: the numbers are safe."""
+    from transformer_scratch.plots import save_pictures  # matplotlib takes long to import
+
+    for file in save_pictures({name: draw}, options.output, style={}):
+        print(f"written {file}")

@@ -12,6 +12,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+import transformer_scratch.own_matplotlib  # noqa: F401 - before Lightning, which imports it, too
+
+# isort: split
 import pytorch_lightning as pl
 import wandb
 from torch.optim.optimizer import register_optimizer_step_post_hook

@@ -158,10 +158,10 @@ def observe_two_processes(script: Path, flags: list[str]) -> Observed:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     this = ["-m", "comparison.hidden_steps.observe", str(script), str(result)]
     finished = subprocess.run(
-        [sys.executable, *torchrun, *this, *flags], cwd=PROJECT, capture_output=True, text=True
+        [sys.executable, *torchrun, *this, *flags], cwd=PROJECT, capture_output=True
     )
     if not result.exists():
-        raise RuntimeError(finished.stderr)
+        raise RuntimeError(finished.stderr.decode(errors="replace"))
     return Observed(**json.loads(result.read_text(encoding="utf-8")))
 
 

@@ -12,6 +12,7 @@ import sys
 from tqdm import tqdm
 
 from comparison.hidden_steps.observe import PROJECT, Observed, observe
+from transformer_scratch.errors import exits_cleanly
 
 TAG = re.compile(r"#\s*\[hidden: (.+?)\]")
 
@@ -109,6 +110,7 @@ def measure(tag: str, source: str, training: list[str], references: dict) -> lis
     return effects(before, observe(remove(source, tag), flags, on_meta))
 
 
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     chosen = sys.argv[1:] if arguments is None else arguments
     source = (PROJECT / "train.py").read_text(encoding="utf-8")

@@ -6,6 +6,8 @@ python -m comparison.hidden_steps.table        prints the table of comparison/RE
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformer_scratch.errors import exits_cleanly
+
 PROJECT = Path(__file__).resolve().parent.parent.parent
 PL = "pytorch_lightning"
 CONNECTORS = f"{PL}/trainer/connectors"
@@ -224,5 +226,10 @@ def table() -> str:
     return "\n".join(rows)
 
 
-if __name__ == "__main__":
+@exits_cleanly
+def main() -> None:
     print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -229,7 +229,7 @@ def test_a_folder_without_permission_is_refused_before_training(run_dir):
     Path("closed").mkdir(mode=0o555)
     command = ["setpriv", "--bounding-set=-dac_override", sys.executable, str(PROJECT / "train.py")]
     command += [*SMALL, "--run-dir", run_dir]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2, done.stderr
     assert "Permission denied" in done.stderr
     assert "Traceback" not in done.stderr

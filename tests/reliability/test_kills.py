@@ -109,7 +109,7 @@ def test_a_kill_at_a_random_moment(start, run, undisturbed, seed):
 def test_the_campaign_survives():
     command = [sys.executable, "-m", "tests.reliability.campaign"]
     command += ["--kills", "2", "--flips", "20", "--cuts", "20"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills: 2 of 2 ended like the undisturbed run" in done.stdout
     assert "all survived" in done.stdout

@@ -47,7 +47,7 @@ def launched(
 
 def children(parent: int) -> list[int]:
     command = ["pgrep", "-P", str(parent)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 

@@ -28,7 +28,7 @@ def train_with(wandb: str, **environment: str) -> subprocess.CompletedProcess:
         [sys.executable, str(PROJECT / "train.py"), *FLAGS, "--wandb", wandb],
         env={**ENVIRONMENT, "HOME": str(home), **environment},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=200,
         check=False,
         stdin=subprocess.DEVNULL,
@@ -47,7 +47,7 @@ def test_its_process_killed_in_the_middle(undisturbed):
         )
     wait_for_step(8)
     command = ["pgrep", "-P", str(process.pid)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     [service] = found.stdout.split()
     os.kill(int(service), signal.SIGKILL)
     assert process.wait(120) == 0
@@ -98,11 +98,13 @@ def test_a_crash_and_a_stop_are_recorded_as_such(plant, code):
         encoding="utf-8",
     )
     command = [sys.executable, "driver.py"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=False
+    )
     assert done.returncode == code, done.stderr
     assert ("ValueError: a bug" in done.stderr) == (code == 1)
     [tracked] = Path("run/wandb").glob("offline-run-*")
     program = Path(sys.executable).with_name("wandb")
     command = [program, "leet", "inspect", "--json", "--summary", tracked]
-    summary = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    summary = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
     assert f'"exit_code":{code}' in summary.replace(" ", ""), summary

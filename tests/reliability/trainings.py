@@ -76,7 +76,7 @@ class Training(forkserver.Process):
 def fingerprint(folder: Path) -> dict:
     """Everything a run has come to, bit for bit: a dict, so that a difference has a name."""
     last = load_checkpoint(folder / "last.pt")
-    for key in ("wandb_id", "config", "metrics_size"):  # how it was started and logged may differ
+    for key in ("wandb_id", "config", "metrics_size", "saved_at"):  # how and when may differ
         last.pop(key)
     prints = {key: checksum(value) for key, value in last.items()}
     for file in [*sorted(folder.glob("epoch=*.pt")), folder / "best.pt"]:
