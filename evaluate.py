@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from transformer_scratch.batches import BatchSampler, PairDataset, make_loader
 from transformer_scratch.checkpoint import CheckpointError, load_checkpoint, load_first_good
+from transformer_scratch.commands import python_command
 from transformer_scratch.config import config_of_checkpoint
 from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.evaluation import Prediction, exact_match, pair_to_show, predict
@@ -69,7 +70,8 @@ def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
     candidates = [folder / f"{arguments.checkpoint}.pt", *others[arguments.checkpoint]]
     if not any(file.exists() for file in candidates):
         raise CheckpointError(
-            f"--run {folder}: there is no checkpoint in it; train one with: python train.py"
+            f"--run {folder}: there is no checkpoint in it; train one with: "
+            f"{python_command('train.py')}"
         )
     content, file = load_first_good(candidates)
     return content, file, folder

@@ -133,8 +133,14 @@ def test_pictures_for_wandb_are_drawn_too(script):
 
 @slow
 @pytest.mark.comparison
-@pytest.mark.parametrize("module", ["comparison.train_lightning", "benchmarks.overhead"])
-@pytest.mark.parametrize("without", ["a backend", "a home", "a style"])
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("comparison.train_lightning", "a backend"),
+        ("comparison.train_lightning", "a home"),
+        ("benchmarks.overhead", "a style"),
+    ],
+)
 def test_lightning_can_be_imported(module, without):
     """It imports matplotlib, and all that the user has set with it."""
     code, environment = f"import {module}", {**os.environ, "PYTHONPATH": str(PROJECT)}
@@ -176,7 +182,7 @@ def test_a_benchmark_draws_whatever_a_notebook_has_set(tmp_path):
         with rc_context(settings):
             decoding.main(["--quick", "--output", str(tmp_path)])
         header = (tmp_path / "decoding.png").read_bytes()[:24]
-        sizes.append((int.from_bytes(header[16:20]), int.from_bytes(header[20:24])))
+        sizes.append((int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")))
     assert sizes == [(600, 360)] * 2
 
 
@@ -409,16 +415,17 @@ def test_every_text_is_opened_as_utf_8():
     assert not found
 
 
-def printed_in_latin_1(function: Callable, *arguments: object) -> str:
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+def printed_in(encoding: str, function: Callable, *arguments: object) -> str:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     with redirect_stdout(stream):
         function(*arguments)
-    return stream.buffer.getvalue().decode("latin-1")
+    return stream.buffer.getvalue().decode(encoding)
 
 
 def test_the_table_of_hidden_steps_can_be_printed(monkeypatch):
     monkeypatch.delitem(sys.modules, "comparison.hidden_steps.table", raising=False)
-    text = printed_in_latin_1(runpy.run_module, "comparison.hidden_steps.table", None, "__main__")
+    name = "comparison.hidden_steps.table"
+    text = printed_in("latin-1", runpy.run_module, name, None, "__main__")
     assert r"train loss 0.19 \u2192 4.9" in text
 
 
@@ -426,7 +433,7 @@ def test_what_the_removal_of_a_line_does_can_be_printed(monkeypatch):
     from comparison.hidden_steps import remove_lines
 
     monkeypatch.setattr(remove_lines, "measure", lambda *_: ["train loss 1 → 2"])
-    text = printed_in_latin_1(remove_lines.main, ["zero_grad"])
+    text = printed_in("latin-1", remove_lines.main, ["zero_grad"])
     assert r"train loss 1 \u2192 2" in text
 
 
@@ -437,10 +444,8 @@ def test_microseconds_can_be_printed(monkeypatch, tmp_path):
     timings = {name: Timing([1e-6]) for name in overhead.PROGRAMS}
     monkeypatch.setattr(overhead, "measure", lambda *_: (timings, timings))
     monkeypatch.setattr(overhead, "save_picture", lambda *_: None)
-    monkeypatch.setitem(overhead.PROGRAMS, "学習", None)
-    timings["学習"] = Timing([1e-6])
-    text = printed_in_latin_1(overhead.main, ["--quick", "--output", str(tmp_path)])
-    assert r"\u5b66\u7fd2" in text and "µs around the model" in text
+    text = printed_in("ascii", overhead.main, ["--quick", "--output", str(tmp_path)])
+    assert r"\xb5s around the model" in text
 
 
 @slow
@@ -470,4 +475,4 @@ def test_the_page_of_a_comparison_is_utf_8(tmp_path):
         assert process.returncode == 0, process.stderr.decode(errors="replace")
     page = (tmp_path / "other" / "page.html").read_text(encoding="utf-8")
     assert page == (tmp_path / "usual" / "page.html").read_text(encoding="utf-8")
-    assert "→" in page
+    assert not page.isascii()

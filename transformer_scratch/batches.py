@@ -240,17 +240,16 @@ def until_stopped(loader: DataLoader, signals: Signals) -> Iterator[Batch | None
         except StopIteration:
             return
         except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise  # an error of the data
             waited += SLICE
-            if "timed out" not in str(error) or waited >= WORKER_TIMEOUT:
-                raise
+            message = f"no data worker has delivered for {waited} seconds; --num-workers 0 needs none"
             if signals.received:
                 yield None
+            if waited >= WORKER_TIMEOUT:
+                raise RuntimeError(message) from None
             if waited >= WARN_AFTER:
-                warn_once(
-                    "workers",
-                    f"no data for {waited} seconds: a data worker hangs; "
-                    "--num-workers 0 needs none",
-                )
+                warn_once("workers", message)
         else:
             waited = 0
             yield batch

@@ -23,7 +23,7 @@ from transformer_scratch.errors import Stopped, exit_code_so_far, when_main_ends
 from transformer_scratch.evaluation import Prediction, pair_to_show, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.output import warn_once, warned_of
-from transformer_scratch.run_folder import RunFolder
+from transformer_scratch.run_folder import RunFolder, read_metrics
 from transformer_scratch.signals import Signals
 from transformer_scratch.task import Splits, Task
 
@@ -140,6 +140,8 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
             settings[name] = default
     if config.debug:
         settings["tags"] = ["debug"]
+    if mode == "online" and run.resumed:
+        upload_earlier_parts(run)
     if mode != "disabled":
         service.start()
     try:
@@ -153,6 +155,8 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
         service.start()
         wandb.init(mode=mode, **settings)
     define_axes(wandb.run)
+    if mode == "online" and run.resumed:
+        send_missing_rows(run)
     line = f"{mode} ({reason})"
     if mode == "online":
         service.files = files_of_run()
@@ -163,6 +167,32 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
         line += f"\n             look at it: {shell_command('wandb')} leet {files}"
         line += f"\n             upload it:  {shell_command('wandb')} sync {files}"
     return line
+
+
+def upload_earlier_parts(run: RunFolder) -> None:
+    """What an earlier part of this run has left on the disk, before new rows follow it."""
+    files = [file for file in run.path.glob("wandb/*run-*/*.wandb") if not synced(file).exists()]
+    # run-<time>-<id> and offline-run-<time>-<id>: in the order in which they began.
+    parts = sorted((file.parent for file in files), key=lambda part: part.name.split("run-")[1])
+    if parts:
+        command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *parts]
+        subprocess.run(command, capture_output=True, timeout=PATIENCE)
+
+
+def send_missing_rows(run: RunFolder) -> None:
+    """Rows that were lost with W&B's process, which writes to the disk only now and then.
+
+    Those of the last update that arrived come twice: its epoch's row has the same number.
+    """
+    known = wandb.run.summary.get("step", 0)
+    for row in read_metrics(run.path):
+        if row["step"] >= known:
+            wandb.log(row)
+
+
+def synced(file: Path) -> Path:
+    """The empty file by which W&B knows what it need not upload again."""
+    return file.with_name(f"{file.name}.synced")
 
 
 def define_axes(run: wandb.Run) -> None:
@@ -207,7 +237,12 @@ class Service:
         wandb.finish(exit_code)
         if self.is_ours:
             wandb.teardown(exit_code)
-        return self.files is None or not self.was_refused()
+        if self.files and self.was_refused():
+            return False
+        if self.files:
+            for file in Path(self.files).glob("*.wandb"):
+                synced(file).touch()
+        return True
 
     def was_refused(self) -> bool:
         """Whether the server has refused something for good: only W&B's log says so."""

@@ -1,11 +1,12 @@
-"""A campaign against checkpoints: kills at random moments, flipped bits, cut files.
+"""A campaign against runs: kills and signals at random moments, flipped bits, cut files.
 
-    python -m tests.reliability.campaign               20 kills, 300 flips, 200 cuts; some minutes
-    python -m tests.reliability.campaign --kills 2 --flips 20 --cuts 20
+    python -m tests.reliability.campaign               about half an hour
+    python -m tests.reliability.campaign --stops 2 --flips 20 --cuts 20
 
-Each kill hits a training of its own, a real process of train.py. It is then resumed, and has to end
-like the run that nobody disturbed, bit for bit. Flips and cuts hit a last.pt: it may load as what
-it was, or not at all.
+Each stop hits a training of its own, a real process of train.py that logs to a stand-in for W&B's
+server, which comes and goes. The training is then resumed, and has to end like the run that nobody
+disturbed, bit for bit. Then all that W&B has on the disk is uploaded, and what it still lacks is
+counted. Flips and cuts hit a last.pt: it may load as what it was, or not at all.
 """
 
 import os
@@ -15,8 +16,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,22 +28,24 @@ import tyro
 from tqdm import tqdm
 
 from tests.reliability.trainings import fingerprint, steps_done
+from tests.wandb_server import WandbServer
 from transformer_scratch.checkpoint import CheckpointError, checksum, load_checkpoint
+from transformer_scratch.run_folder import read_metrics
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Saving after every update takes much of the time, so that random kills often hit a save.
 TRAINING = shlex.split(
     "--dim 32 --num-layers 2 --batch-size 64 --num-datas 1920 --max-epochs 2 "
-    "--save-every 1 --wandb disabled --run-dir run"
+    "--save-every 1 --log-every 5 --run-dir run"
 )
 
 
 @dataclass
 class Arguments:
-    """Kill trainings, damage checkpoints, count what survives."""
+    """Stop trainings, damage checkpoints, count what survives."""
 
-    kills: int = 20
-    """Trainings to kill. Every other one dies when a half-written checkpoint is seen."""
+    stops: int = 20
+    """Trainings to stop by each of SIGKILL, SIGTERM and SIGHUP."""
     flips: int = 300
     """Bits to flip in a checkpoint, one at a time."""
     cuts: int = 200
@@ -48,53 +54,102 @@ class Arguments:
     """Decides the moments, bits and lengths."""
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / "train.py"), *flags],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def start(folder: Path, *flags: str, **environment: str) -> subprocess.Popen:
+    with open(folder / "output.txt", "a", encoding="utf-8") as output:
+        return subprocess.Popen(
+            [sys.executable, str(PROJECT / "train.py"), *flags],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=output,
+            stderr=output,
+        )
 
 
-def kill(folder: Path, inside_a_save: bool, generator: random.Random) -> bool:
-    """Start a training and kill it. -> whether it left a half-written checkpoint."""
-    run, update = folder / "run", generator.randrange(50)
-    process = start(folder, *TRAINING)
+@contextmanager
+def server_that_comes_and_goes(generator: random.Random) -> Iterator[WandbServer]:
+    """Up for some seconds, then down in one way or another."""
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.wait(generator.uniform(2, 6)):
+            server.mode = generator.choice(["refused", "hanging", 500])
+            ended.wait(generator.uniform(1, 4))
+            server.mode = "healthy"
+
+    with WandbServer() as server:
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        try:
+            yield server
+        finally:
+            ended.set()
+            thread.join()
+
+
+def stop(process: subprocess.Popen, run: Path, number: int, generator: random.Random) -> bool:
+    """Stop a training at a random moment. -> whether it left a half-written checkpoint."""
+    update, inside_a_save = generator.randrange(50), generator.random() < 0.5
     while process.poll() is None and (steps_done(run) < update or not (run / "last.pt").exists()):
         time.sleep(0.001)
     time.sleep(generator.uniform(0, 0.1))
     while inside_a_save and process.poll() is None and not list(run.glob("last.pt.*.tmp")):
         pass
-    process.kill()
-    if process.wait() != -signal.SIGKILL:
-        raise RuntimeError(f"the training ended by itself with {process.returncode}")
+    process.send_signal(number)
+    expected = -number if number == signal.SIGKILL else 128 + number
+    if process.wait() != expected:
+        raise RuntimeError(f"the training ended with {process.returncode}, not {expected}")
     return bool(list(run.glob("last.pt.*.tmp")))
 
 
-def kill_many(kills: int, generator: random.Random) -> bool:
+def stop_many(number: signal.Signals, stops: int, generator: random.Random) -> bool:
     """-> whether all survived."""
     with tempfile.TemporaryDirectory() as folder:
-        start(Path(folder), *TRAINING).wait()
+        start(Path(folder), *TRAINING, WANDB_MODE="disabled").wait()
         undisturbed = fingerprint(Path(folder, "run"))
-    inside = survived = 0
-    for number in tqdm(range(kills), desc="kills"):
-        with tempfile.TemporaryDirectory() as folder:
-            inside += kill(Path(folder), number % 2 == 0, generator)
-            resumed = start(Path(folder), "--resume", "run").wait() == 0
-            survived += resumed and fingerprint(Path(folder, "run")) == undisturbed
-    print(
-        f"kills: {survived} of {kills} ended like the undisturbed run, bit for bit, when resumed; "
-        f"{inside} had died inside a save"
-    )
-    return survived == kills
+    counts = Counter()
+    for _ in tqdm(range(stops), desc=number.name):
+        with (
+            tempfile.TemporaryDirectory() as name,
+            server_that_comes_and_goes(generator) as server,
+        ):
+            folder, run = Path(name), Path(name, "run")
+            environment = server.environment(folder / "home")
+            process = start(folder, *TRAINING, **environment)
+            counts["inside a save"] += stop(process, run, number, generator)
+            counts["lacking rows before"] += bool(missing_rows(run, server))
+            ended = start(folder, "--resume", "run", **environment).wait()
+            counts["survived"] += ended == 0 and fingerprint(run) == undisturbed
+            missing = missing_rows(run, server)
+            output = (folder / "output.txt").read_text(encoding="utf-8")
+            said = "W&B has not got everything" in output or "wandb        offline" in output
+            counts["lacking rows"] += bool(missing)
+            counts["lacking rows in silence"] += bool(missing) and not said
+            server.mode = "healthy"
+            upload(folder, environment)
+            counts["lacking rows after wandb sync"] += bool(missing_rows(run, server))
+    print(f"{number.name}: {stops}, " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+    return counts["survived"] == stops
+
+
+def missing_rows(run: Path, server: WandbServer) -> set[int]:
+    """The updates that were due for W&B, and that its server does not have."""
+    rows = [row for row in read_metrics(run) if "train/loss_step" in row]
+    due = {row["step"] for row in rows if row["step"] % 5 == 0}
+    histories = [received.history for received in server.runs.values()]
+    return due - {row["step"] for rows in histories for row in rows if "train/loss_step" in row}
+
+
+def upload(folder: Path, environment: dict[str, str]) -> None:
+    """Everything that W&B has on the disk."""
+    parts = sorted(folder.glob("run/wandb/*run-*"), key=lambda part: part.name.split("run-")[1])
+    command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *map(str, parts)]
+    subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=True)
 
 
 def damage_many(flips: int, cuts: int, generator: random.Random) -> bool:
     """Flip bits of a last.pt, and cut it. -> whether no damage was loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        start(Path(folder), *TRAINING, "--max-epochs", "1").wait()
+        start(Path(folder), *TRAINING, "--max-epochs", "1", WANDB_MODE="disabled").wait()
         file = Path(folder, "run/last.pt")
         content, values = file.read_bytes(), checksum(load_checkpoint(file))
 
@@ -123,7 +178,10 @@ def damage_many(flips: int, cuts: int, generator: random.Random) -> bool:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     generator = random.Random(arguments.seed)
-    survived = kill_many(arguments.kills, generator)
+    survived = all(
+        stop_many(number, arguments.stops, generator)
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+    )
     survived &= damage_many(arguments.flips, arguments.cuts, generator)
     print("all survived" if survived else "NOT all survived")
     sys.exit(not survived)
