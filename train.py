@@ -39,7 +39,7 @@ from transformer_scratch.random_state import RandomState, seed_everything
 from transformer_scratch.run_folder import RunFolder
 from transformer_scratch.signals import Signals
 from transformer_scratch.task import Task, split_pairs
-from transformer_scratch.tracking import answers_table, in_background, log_results, start_wandb
+from transformer_scratch.tracking import in_background, log_results, log_table, start_wandb
 
 
 def token_loss(network: nn.Module, batch: Batch, pad_id: int) -> Tensor:
@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         for index, loss in enumerate(val_losses, start=epoch * len(val_losses)):
             log({"step": progress.step, "val/loss_step": loss, "val/batch": index})
         log({**row, "tokens/s": tokens / seconds})
-        log({"step": progress.step, "val/answers": answers_table(answers, splits)})
+        log_table(progress.step, "val/answers", answers, splits)
         if stop_signal := signals.exchange():
             raise summary.stopped(stop_signal, run, progress.step)
 

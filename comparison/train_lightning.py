@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-import wandb
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 from torch.nn import functional as F
 
+import wandb
 from comparison.parity_hooks import HOOKS, precision, with_hooks
 from comparison.recorder import Recorder
 from transformer_scratch.batches import Batch, make_loaders
@@ -37,7 +37,7 @@ from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.processes import start_processes
 from transformer_scratch.run_folder import RUNS
 from transformer_scratch.task import Splits, Task, split_pairs
-from transformer_scratch.tracking import choose_mode, define_axes
+from transformer_scratch.tracking import choose_mode, define_axes, settings_of_run
 
 
 class LitTransformer(pl.LightningModule):
@@ -147,15 +147,7 @@ def main(
     folder = Path(config.run_dir or RUNS / f"{run_name(config)}-lightning")
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(folder, processes)
-    logger = SameAxes(
-        name=run_name(config),
-        group=run_name(config),
-        project=config.wandb_project,
-        save_dir=folder.absolute(),
-        save_code=True,
-        tags=["debug" if config.debug else "run"],
-        mode=choose_mode(config.wandb)[0],
-    )
+    logger = SameAxes(**settings_of_run(config, folder), mode=choose_mode(config.wandb)[0])
     if processes.is_main:
         define_axes(logger.experiment)
     trainer = pl.Trainer(

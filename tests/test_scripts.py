@@ -115,7 +115,7 @@ def test_the_summary_says_everything(finished):
         "disabled (as asked)",
         "exact match",
         "best.pt",
-        f"python evaluate.py --run runs/{NAME}",
+        f"evaluate.py --run runs/{NAME}",
     ):
         assert part in text
     assert re.search(r"^lr +0\.01\b", text, re.M)
@@ -130,7 +130,7 @@ def test_a_reader_of_the_output_who_leaves_is_no_fault():
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
     process.stdout.close()
-    assert process.wait() == 1 and process.stderr.read() == ""
+    assert process.wait() == 0 and process.stderr.read() == ""
 
 
 def test_the_progress_bar_survives_a_pipe(finished):

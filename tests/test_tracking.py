@@ -11,11 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import wandb
 from conftest import PROJECT, TINY
 
 import train as train_script
+import wandb
 from transformer_scratch import output, tracking
+from transformer_scratch.config import Config, load_config
 from transformer_scratch.run_folder import read_metrics
 
 FLAGS = [*TINY, "--log-every", "3", "--debug", "--wandb-project", "lab", "--run-dir", "run"]
@@ -171,6 +172,38 @@ def test_offline_and_disabled_need_no_login(no_prompt, monkeypatch):
     assert tracking.choose_mode("offline") == ("offline", "as asked"), (
         "a flag beats the environment"
     )
+
+
+# ---------------------------------------------------------------------------- W&B's own variables
+
+
+@pytest.mark.parametrize(
+    ("variable", "argument"),
+    [
+        ("WANDB_NAME", "name"),
+        ("WANDB_RUN_GROUP", "group"),
+        ("WANDB_TAGS", "tags"),
+        ("WANDB_DIR", "dir"),
+        ("WANDB_DISABLE_CODE", "save_code"),
+    ],
+)
+def test_what_the_user_has_set_for_wandb_counts(monkeypatch, tmp_path, variable, argument):
+    """wandb reads the variable where the argument is left out."""
+    config = Config(lr=0.1, wandb_project="lab")
+    monkeypatch.delenv(variable, raising=False)
+    assert argument in tracking.settings_of_run(config, tmp_path)
+    monkeypatch.setenv(variable, "mine")
+    settings = tracking.settings_of_run(config, tmp_path)
+    assert argument not in settings and settings["project"] == "lab"
+
+
+def test_a_flag_beats_the_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_TAGS", "mine")
+    settings = tracking.settings_of_run(Config(lr=0.1, debug=True), tmp_path)
+    assert settings["tags"] == ["debug"]
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert load_config(["--wandb-project", "lab"])[0].wandb_project == "lab"
+    assert load_config([])[0].wandb_project == "mine"
 
 
 def test_disabled_leaves_nothing_of_wandb(train):

@@ -40,7 +40,7 @@ def logged(run, key: str) -> dict[int, float]:
 
 def test_it_says_where_to_look_and_complains_of_nothing(online):
     url = f"{online.server.url}/learner/lab/runs/{online.id}"
-    assert f"wandb        online (WANDB_MODE is set); {url}\n" in online.output
+    assert f"wandb        online (you are logged in); {url}\n" in online.output
     assert "warning" not in online.output and "still uploading" not in online.output
 
 

@@ -234,25 +234,29 @@ def until_stopped(loader: DataLoader, signals: Signals) -> Iterator[Batch | None
     if loader.num_workers:
         loader.timeout = SLICE
     iterator, waited = iter(loader), 0
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader timed out"):
-                raise  # an error of the data
-            waited += SLICE
-            message = f"no data worker has delivered for {waited} seconds; --num-workers 0 needs none"
-            if signals.received:
-                yield None
-            if waited >= WORKER_TIMEOUT:
-                raise RuntimeError(message) from None
-            if waited >= WARN_AFTER:
-                warn_once("workers", message)
-        else:
-            waited = 0
-            yield batch
+    try:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise  # an error of the data
+                waited += SLICE
+                message = f"no data for {waited} seconds from the workers; --num-workers 0 needs none"
+                if signals.received:
+                    yield None
+                if waited >= WORKER_TIMEOUT:
+                    raise RuntimeError(message) from None
+                if waited >= WARN_AFTER:
+                    warn_once("workers", message)
+            else:
+                waited = 0
+                yield batch
+    finally:
+        for worker in getattr(iterator, "_workers", ()):
+            worker.terminate()  # PyTorch would first wait 5 seconds for each that hangs
 
 
 def unchanged(batch: Batch) -> Batch:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -98,8 +99,8 @@ class Config:
     """Updates between two readings of the loss, for the progress bar and W&B."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases. auto: online if you are logged in, otherwise offline; it never asks."""
-    wandb_project: str = "transformer-scratch"
-    """Project in W&B."""
+    wandb_project: str | None = None
+    """Project in W&B. None: the variable WANDB_PROJECT, or transformer-scratch."""
     debug: bool = False
     """Tag the W&B run "debug" instead of "run"."""
 
@@ -220,10 +221,9 @@ def check(config: Config, processes: Processes) -> None:
             f"--devices {config.devices}, but {started}. Start several processes with torchrun, a "
             f"single one without; here: {starter} {shlex.join(sys.argv)}"
         )
-    if not config.wandb_project or set(config.wandb_project) & set("/\\#?%:"):
-        raise BadInput(
-            f"--wandb-project {config.wandb_project!r} must be a name without / \\ # ? % :"
-        )
+    project = config.wandb_project
+    if project is not None and (not project or set(project) & set("/\\#?%:")):
+        raise BadInput(f"--wandb-project {project!r} must be a name without / \\ # ? % :")
     global_batch = config.batch_size * processes.world_size
     if global_batch > config.num_datas:
         raise BadInput(
@@ -254,6 +254,7 @@ def choose_open_settings(config: Config, processes: Processes) -> tuple[Config, 
         "lr": (lr, "1e-3 x (32 / dim)^(5/6)"),
         "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
         "seq_len": (default_seq_len(config), "num_categories + 6"),
+        "wandb_project": (os.environ.get("WANDB_PROJECT") or "transformer-scratch", ""),
     }
     chosen: dict[str, object] = {}
     reasons = {}

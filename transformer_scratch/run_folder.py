@@ -261,7 +261,7 @@ def lock_folder(path: Path) -> None:
     A POSIX record lock: the kernel drops it when its owner dies, and a forked data worker never
     owns it. Raises BadInput when another process trains in the folder.
     """
-    file = open(path / ".lock", "a")  # noqa: SIM115
+    file = open(path / ".lock", "ab")  # noqa: SIM115
     when_main_ends(file.close)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

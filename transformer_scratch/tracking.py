@@ -16,7 +16,6 @@ from pathlib import Path
 from shlex import quote
 
 import wandb
-
 from transformer_scratch.commands import shell_command
 from transformer_scratch.config import Config, run_name
 from transformer_scratch.errors import Stopped, exit_code_so_far, when_main_ends
@@ -42,7 +41,7 @@ def never_fatal(name: str) -> Iterator[None]:
     """A logger that dies costs one warning, not the run."""
     try:
         yield
-    except Exception as error:  # wandb raises ConnectionResetError and others of its own accord
+    except (Exception, SystemExit) as error:  # wandb raises what it likes
         warn_once(name, f"{name} failed ({type(error).__name__}: {error}); training continues")
 
 
@@ -114,7 +113,7 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
     if run.is_main:
         mode, reason = choose_mode(config.wandb)
     settings = {
-        "project": config.wandb_project,
+        **settings_of_run(config, run.path),
         "config": dataclasses.asdict(config),
         "id": run.wandb_id,
         "resume": "allow",
@@ -127,19 +126,6 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
             program_relpath=SCRIPT.name,
         ),
     }
-    # What the user has set for W&B counts; what is left open is ours.
-    defaults = {
-        "name": ("WANDB_NAME", run_name(config)),
-        "group": ("WANDB_RUN_GROUP", run_name(config)),  # the twin's, too: their curves together
-        "tags": ("WANDB_TAGS", ["run"]),
-        "dir": ("WANDB_DIR", run.path.absolute()),
-        "save_code": ("WANDB_DISABLE_CODE", True),
-    }
-    for name, (variable, default) in defaults.items():
-        if variable not in os.environ:
-            settings[name] = default
-    if config.debug:
-        settings["tags"] = ["debug"]
     if mode == "online" and run.resumed:
         upload_earlier_parts(run)
     if mode != "disabled":
@@ -169,14 +155,34 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
     return line
 
 
+def settings_of_run(config: Config, folder: Path) -> dict:
+    """Arguments of wandb.init. What the user has set in W&B's own variables it finds by itself."""
+    ours = {
+        "name": ("WANDB_NAME", run_name(config)),
+        "group": ("WANDB_RUN_GROUP", run_name(config)),  # the twin's, too: their curves together
+        "tags": ("WANDB_TAGS", ["run"]),
+        "dir": ("WANDB_DIR", folder.absolute()),
+        "save_code": ("WANDB_DISABLE_CODE", True),
+    }
+    settings = {"project": config.wandb_project}
+    for name, (variable, value) in ours.items():
+        if variable not in os.environ:
+            settings[name] = value
+    if config.debug:
+        settings["tags"] = ["debug"]
+    return settings
+
+
 def upload_earlier_parts(run: RunFolder) -> None:
     """What an earlier part of this run has left on the disk, before new rows follow it."""
     files = [file for file in run.path.glob("wandb/*run-*/*.wandb") if not synced(file).exists()]
     # run-<time>-<id> and offline-run-<time>-<id>: in the order in which they began.
-    parts = sorted((file.parent for file in files), key=lambda part: part.name.split("run-")[1])
+    parts = [file.parent.absolute() for file in files]
     if parts:
+        parts.sort(key=lambda part: part.name.split("run-")[1])
         command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *parts]
-        subprocess.run(command, capture_output=True, timeout=PATIENCE)
+        # In the run's folder, where it leaves a log.
+        subprocess.run(command, cwd=run.path, capture_output=True, timeout=PATIENCE)
 
 
 def send_missing_rows(run: RunFolder) -> None:
@@ -285,6 +291,11 @@ def answers_table(answers: list[Prediction], splits: Splits) -> wandb.Table:
     return wandb.Table(columns=["pair", "target", "prediction", "right", "held out"], data=rows)
 
 
+def log_table(step: int, name: str, answers: list[Prediction], splits: Splits) -> None:
+    """Send a table of answers to W&B."""
+    in_background(lambda: wandb.log({"step": step, name: answers_table(answers, splits)}))
+
+
 def log_results(run: RunFolder, row: dict, model: Transformer, task: Task, splits: Splits) -> None:
     """Log the test's numbers, every answer of the best weights, and the weights."""
     in_background(wandb.log, row)
@@ -303,8 +314,7 @@ def log_answers(run: RunFolder, step: int, model: Transformer, task: Task, split
     from transformer_scratch.plots import draw_run, save_pictures  # matplotlib takes long to import
 
     answers = {answer.pair: answer for answer in predict(model, task, task.all_pairs())}
-    table = answers_table(list(answers.values()), splits)
-    in_background(wandb.log, {"step": step, "test/answers": table})
+    log_table(step, "test/answers", list(answers.values()), splits)
     pictures = draw_run(model, task, splits, answers, pair_to_show(task, splits.test))
     shown = {name: pictures[name] for name in ("answers", "attention_cross", "attention_self")}
     for file in save_pictures(shown, run.path / "pictures"):

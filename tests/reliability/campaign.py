@@ -143,7 +143,8 @@ def upload(folder: Path, environment: dict[str, str]) -> None:
     """Everything that W&B has on the disk."""
     parts = sorted(folder.glob("run/wandb/*run-*"), key=lambda part: part.name.split("run-")[1])
     command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *map(str, parts)]
-    subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=True)
+    environment = {**os.environ, **environment}
+    subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
 
 
 def damage_many(flips: int, cuts: int, generator: random.Random) -> bool:
