@@ -29,6 +29,7 @@ from transformer_scratch.task import Splits, Task
 # Seconds. How long to wait for W&B when a run has ended, and when a signal has stopped it: whoever
 # sends SIGTERM soon kills.
 PATIENCE, PATIENCE_WHEN_STOPPED = 60, 4
+START_TIMEOUT = 20
 # Seconds that a table may wait for the server to say whether it knows one of that name: W&B asks
 # only in order to complain early, and would wait 20 seconds each time.
 TABLE_TIMEOUT = 0.5
@@ -119,18 +120,18 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
         "resume": "allow",
         "reinit": "finish_previous",
         "settings": wandb.Settings(
-            init_timeout=20,
+            init_timeout=START_TIMEOUT,
             silent=True,
             # Found also when it was started from another folder.
             program_abspath=str(SCRIPT),
             program_relpath=SCRIPT.name,
         ),
     }
-    if mode == "online" and run.resumed:
-        upload_earlier_parts(run)
     if mode != "disabled":
         service.start()
     try:
+        if mode == "online" and run.resumed:
+            upload_earlier_parts(run)
         wandb.init(mode=mode, **settings)
     except wandb.Error as error:
         mode, reason = "offline", f"W&B did not answer: {str(error).splitlines()[0]}"
@@ -174,15 +175,21 @@ def settings_of_run(config: Config, folder: Path) -> dict:
 
 
 def upload_earlier_parts(run: RunFolder) -> None:
-    """What an earlier part of this run has left on the disk, before new rows follow it."""
+    """What an earlier part of this run has left on the disk, before new rows follow it.
+
+    Raises wandb.Error when that takes too long.
+    """
     files = [file for file in run.path.glob("wandb/*run-*/*.wandb") if not synced(file).exists()]
     # run-<time>-<id> and offline-run-<time>-<id>: in the order in which they began.
     parts = [file.parent.absolute() for file in files]
     if parts:
         parts.sort(key=lambda part: part.name.split("run-")[1])
         command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *parts]
-        # In the run's folder, where it leaves a log.
-        subprocess.run(command, cwd=run.path, capture_output=True, timeout=PATIENCE)
+        try:
+            # In the run's folder, where it leaves a log.
+            subprocess.run(command, cwd=run.path, capture_output=True, timeout=START_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise wandb.Error("the upload of the run's earlier part took too long") from None
 
 
 def send_missing_rows(run: RunFolder) -> None:
