@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -72,20 +73,21 @@ def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) 
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError from torch.save
-        temporary.unlink(missing_ok=True)
-        remedy = "Make room and try again"
-        if path.exists():
-            remedy = f"{path} from before is whole: make room and --resume"
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise TrainingFault(
-            f"{path} could not be written ({free_space(path.parent)} free on that disk): "
-            f"{str(error).splitlines()[0]}. {remedy}"
+            f"{path} could not be written: {str(error).splitlines()[0]}. {remedy(path.parent)}"
         ) from error
 
 
-def free_space(folder: Path) -> str:
-    if not folder.exists():
-        return "the folder is gone, nothing"
-    return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB"
+def remedy(folder: Path) -> str:
+    """What to do when a file could not be written there."""
+    if not os.path.exists(folder):
+        return "The folder is gone; where it has got another name, --resume it under that"
+    free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free on that disk"
+    if not os.path.exists(folder / "last.pt"):
+        return f"{free}. Make room and try again"
+    return f"{free}. What was saved last is whole: make room and --resume"
 
 
 def link(existing: Path, name: Path) -> None:

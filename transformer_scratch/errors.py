@@ -97,6 +97,8 @@ def remedy(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {text}. What was saved last is whole: make room and --resume"
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS, errno.ESTALE):
+        return f"the disk fails: {text}. What was saved last is whole: --resume continues from it"
     peer_is_gone = "Connection closed by peer" in text or "Connection reset by peer" in text
     if rank() and peer_is_gone:
         return "another process has ended, so this one cannot continue"

@@ -16,6 +16,7 @@ from pathlib import Path
 from shlex import quote
 
 import wandb
+
 from transformer_scratch.commands import shell_command
 from transformer_scratch.config import Config, run_name
 from transformer_scratch.errors import Stopped, exit_code_so_far, when_main_ends
