@@ -23,11 +23,13 @@ class TokenWeightedUpdates:
     counts more the fewer tokens its batch has.
     """
 
+    def weight(self, batch: Batch) -> float:
+        return super().weight(batch) * self.trainer.world_size
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = super().training_step(batch, batch_idx)
-        # The backward pass divides by parts and multiplies again: exact for up to 40 of them.
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return {**outputs, "loss": outputs["loss"] * parts}
+        # The backward pass divides by this and multiplies again: exact for up to 40 batches.
+        return {**outputs, "loss": outputs["loss"] * self.trainer.accumulate_grad_batches}
 
 
 class ScheduleWaitsForSkippedUpdates:
@@ -82,7 +84,8 @@ class EpochMeansOverProcesses:
     """The epoch's mean over several processes is exact.
 
     sync_dist averages the token counts of the processes as whole numbers and drops the remainder.
-    Counts that are multiples of the number of processes have none.
+    Counts that are multiples of the number of processes have none. The last bit may still differ
+    where that number is no power of two, as 3: the sum of the losses is divided by it, and rounded.
     """
 
     def log_loss(self, split: str, loss: Tensor, batch: Batch, prog_bar: bool = False) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+import wandb
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 from torch.nn import functional as F
 
-import wandb
 from comparison.parity_hooks import HOOKS, precision, with_hooks
 from comparison.recorder import Recorder
 from transformer_scratch.batches import Batch, make_loaders
@@ -64,14 +64,17 @@ class LitTransformer(pl.LightningModule):
         target = batch.target.flatten()
         return F.cross_entropy(logits.flatten(0, 1), target, ignore_index=self.task.pad_id)
 
+    def weight(self, batch: Batch) -> float:
+        """Of a batch's mean loss in an update, so that every token of the epoch counts the same."""
+        return batch.num_tokens / batch.mean_update_tokens
+
     # Lightning calls the three steps under autocast, with a batch that is on the device already.
     # It divides the loss by accumulate_grad_batches, scales it, runs backward, unscales and clips;
     # then come optimizer, scaler and schedule. train.py has a line for each.
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         loss = self.token_loss(batch)
         self.log_loss("train", loss, batch, prog_bar=True)
-        weight = batch.num_tokens / batch.mean_update_tokens
-        return {"loss": loss * weight, "token_loss": loss.detach()}
+        return {"loss": loss * self.weight(batch), "token_loss": loss.detach()}
 
     # Before these steps Lightning switches to eval mode and gradients off, and back after them.
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,12 +1,13 @@
 """Bad input: exit code 2, reason and remedy on stderr, no traceback, no folder left behind."""
 
+import os
+import pwd
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, TINY
+from conftest import TINY
 
 import evaluate as evaluate_script
 import train as train_script
@@ -92,6 +93,50 @@ def test_values_outside_their_range(refused, flag, value, rule):
     assert flag in message and rule in message
 
 
+@pytest.mark.parametrize("digits", [11, 31, 401])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--accumulate",
+        "--batch-size",
+        "--clip-norm",
+        "--devices",
+        "--dim",
+        "--ffn-dim",
+        "--log-every",
+        "--lr",
+        "--max-epochs",
+        "--num-categories",
+        "--num-datas",
+        "--num-heads",
+        "--num-layers",
+        "--num-workers",
+        "--save-every",
+        "--save-top-k",
+        "--seed",
+        "--seq-len",
+        "--warmup-steps",
+        "--weight-decay",
+    ],
+)
+def test_numbers_too_large_to_compute_with(refused, flag, digits):
+    message = refused(flag, "1" + "0" * (digits - 1))
+    assert f"{flag} " in message and "must be" in message
+
+
+def test_numbers_beyond_all_use_that_work_are_not_refused():
+    """Never save, never log, keep all: as one writes it down."""
+    flags = "--save-every 1000000000 --log-every 1000000000 --save-top-k 1000000000 --max-epochs 1"
+    train_script.main([*TINY, "--wandb", "disabled", *flags.split()])
+
+
+def test_a_model_that_does_not_fit_into_memory_is_no_bad_input(capsys):
+    with pytest.raises(SystemExit) as end:
+        train_script.main([*TINY, "--wandb", "disabled", "--dim", "1000000"])
+    text = capsys.readouterr().err
+    assert end.value.code == 1 and "out of memory" in text and "Traceback" not in text
+
+
 @pytest.mark.parametrize(
     "flags, reason, remedy",
     [
@@ -137,16 +182,53 @@ def test_an_accelerator_that_is_not_there(refused, accelerator, monkeypatch):
     assert f"--accelerator {accelerator}" in message and "--accelerator cpu works" in message
 
 
+def test_a_gpu_that_is_there_and_cannot_be_used(refused, monkeypatch):
+    """Its driver is too old, say; so it is with one that another program has for itself."""
+
+    def no_driver(*device: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\nand more lines")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", no_driver)
+    message = refused("--wandb", "disabled")
+    assert "driver on your system is too old; --accelerator cpu works everywhere" in message
+
+
+# ----------------------------------------------------------------------------------- environment
+
+
+@pytest.mark.parametrize("value", ["", "x", "0", "-1", "1.5", ",2", "1" + "0" * 30])
+def test_a_number_of_threads_that_is_none(refused, finished, monkeypatch, value):
+    """PyTorch passes over it, and the start would say that it counts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert f"OMP_NUM_THREADS={value!r} must be" in refused(*TINY)
+    assert "OMP_NUM_THREADS" in refused("--run", finished, main=evaluate_script.main)
+
+
+@pytest.mark.parametrize("value", ["1", " 2 ", "4,2"])
+def test_numbers_of_threads_that_count(monkeypatch, capsys, value):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    train_script.main([*TINY, "--wandb", "disabled", "--max-epochs", "1"])
+    assert "(OMP_NUM_THREADS)" in capsys.readouterr().out
+
+
+def test_a_project_of_wandb_that_it_would_refuse(refused, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "team/project")
+    assert "WANDB_PROJECT 'team/project' must be a name" in refused(*TINY)
+
+
 @pytest.mark.slow
-def test_several_devices_without_torchrun_print_the_command_to_type(script):
-    flags = ["--devices", "2", "--dim", "64", "--wandb-project", "my project"]
-    process = script("train.py", *flags)
-    assert (
-        process.returncode == 2 and "Traceback" not in process.stderr and not Path("runs").exists()
-    )
-    command = shlex.split("torchrun" + process.stderr.split("torchrun")[-1])
-    starter = ["torchrun", "--standalone", "--nproc-per-node", "2"]
-    assert command == [*starter, str(PROJECT / "train.py"), *flags]
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
+@pytest.mark.parametrize(
+    "variable",
+    ["TQDM_MININTERVAL", "TQDM_NCOLS", "TORCH_LOGS", "TORCH_DISTRIBUTED_DEBUG", "PYTORCH_JIT"],
+)
+def test_variables_that_pytorch_cannot_read(script, name, variable):
+    """It reads them as it is imported, tqdm's too."""
+    process = script(name, **{variable: "x"})
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1, process.stderr
+    assert process.stderr.startswith("error: ") and variable in process.stderr
 
 
 # --------------------------------------------------------------------------------------- folders
@@ -177,6 +259,65 @@ def test_a_run_folder_that_holds_a_run(refused, finished):
     assert {file: file.stat().st_mtime_ns for file in finished.iterdir()} == files
 
 
+@pytest.mark.parametrize("flag", ["--run-dir", "--resume"])
+def test_a_folder_without_a_name(refused, finished, monkeypatch, flag):
+    """As from a variable that is not set; the current folder would be taken."""
+    assert f"{flag} is empty" in refused(*TINY, flag, "")
+    monkeypatch.chdir(finished)
+    assert f"{flag} is empty" in refused(flag, "")
+
+
+# ---------------------------------------------------------------------------- ~ is the home folder
+
+
+@pytest.fixture
+def home(monkeypatch) -> Path:
+    """A home folder that is not the current one."""
+    folder = Path("home").absolute()
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    return folder
+
+
+def test_a_new_run_a_resumed_and_an_evaluated_one_in_the_home_folder(home, capsys):
+    """Of `--run-dir=~/run` a shell leaves the ~ as it is."""
+    train_script.main([*TINY, "--wandb", "disabled", "--run-dir=~/my/run"])
+    assert (home / "my/run/last.pt").exists() and list(Path().iterdir()) == [Path("home")]
+    assert load_checkpoint(home / "my/run/last.pt")["config"]["run_dir"] == str(home / "my/run")
+    flags = ["--max-epochs", "3", "--wandb", "disabled"]
+    train_script.main(["--resume=~/my/run", "--run-dir=~/my/run", *flags])
+    assert load_checkpoint(home / "my/run/last.pt")["epoch"] == 3
+    evaluate_script.main(["--run=~/my/run", "--no-pictures"])
+    assert f"{home}/my/run/evaluation.json" in capsys.readouterr().out
+
+
+def test_another_users_home_folder(refused):
+    user = pwd.getpwuid(os.getuid())
+    message = refused("--resume", f"~{user.pw_name}/no/such/run")
+    assert f"--resume {user.pw_dir}/no/such/run: no such folder" in message
+
+
+@pytest.mark.parametrize("flag", ["--run-dir", "--resume"])
+def test_a_home_folder_that_does_not_exist(refused, flag):
+    message = refused(*TINY, f"{flag}=~nobody-of-that-name/run")
+    assert f"{flag} ~nobody-of-that-name/run: there is no such home folder" in message
+
+
+def test_a_folder_whose_name_begins_so(finished):
+    train_script.main([*TINY, "--wandb", "disabled", "--max-epochs", "1", "--run-dir", "./~"])
+    assert Path("~/last.pt").exists()
+
+
+def test_a_run_that_was_named_so_before(home, finished):
+    """When the ~ was still taken for a name, its own settings say ~/run."""
+    content = load_checkpoint(finished / "last.pt")
+    content["config"]["run_dir"] = "~/run"
+    Path("~/run").mkdir(parents=True)
+    save_checkpoint(Path("~/run/last.pt"), content)
+    train_script.main(["--resume", "./~/run", "--max-epochs", "3"])
+    assert load_checkpoint(Path("~/run/last.pt"))["epoch"] == 3
+
+
 # --------------------------------------------------------- checkpoints that are not there or ours
 
 
@@ -203,7 +344,7 @@ def test_resume_from_what_is_no_run(refused, strangers):
     assert "no such folder" in refused("--resume", "missing")
     assert "there is no last.pt in it" in refused("--resume", "empty")
     assert "is a file; give the folder it lies in" in refused("--resume", "text/last.pt")
-    assert "there is no last.pt in it" in refused("--resume", "")
+    assert "cannot be read: File name too long" in refused("--resume", "long" * 100)
 
 
 def test_resume_from_weights_alone(refused):
@@ -269,7 +410,6 @@ def test_fewer_epochs_than_done(refused, finished):
 
 
 def test_the_scripts_exit_with_2(script):
-    """For train.py see above, where it prints the torchrun command."""
     process = script("evaluate.py", "--run", "missing")
     assert process.returncode == 2 and process.stdout == ""
     assert (

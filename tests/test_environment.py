@@ -75,6 +75,7 @@ path.sketch: 1, 100, 2
 KNOWS_NO_HOME = "import pwd; pwd.getpwuid = {}.__getitem__; "  # nor does the system's list of users
 
 
+@slow
 def test_evaluation_from_a_notebook_of_a_user_who_likes_tex(script, run):
     """A notebook hands its backend on to the commands it starts, where it need not exist."""
     Path("matplotlibrc").write_text("text.usetex: True", encoding="utf-8")
@@ -174,6 +175,7 @@ def test_what_a_notebook_has_set_is_neither_used_nor_changed(usual, run):
     assert pictures(run) == usual
 
 
+@slow
 def test_a_benchmark_draws_whatever_a_notebook_has_set(tmp_path):
     from matplotlib import rc_context
 
@@ -186,6 +188,7 @@ def test_a_benchmark_draws_whatever_a_notebook_has_set(tmp_path):
     assert sizes == [(600, 360)] * 2
 
 
+@slow
 def test_the_backend_of_a_notebook_is_still_there_afterwards():
     """Whichever module imports matplotlib first."""
     Path("my_backend.py").write_bytes(b"from matplotlib.backends.backend_agg import *")
@@ -437,6 +440,7 @@ def test_what_the_removal_of_a_line_does_can_be_printed(monkeypatch):
     assert r"train loss 1 \u2192 2" in text
 
 
+@slow
 @pytest.mark.comparison
 def test_microseconds_can_be_printed(monkeypatch, tmp_path):
     from benchmarks import overhead

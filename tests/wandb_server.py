@@ -213,7 +213,7 @@ class WandbServer:
         id, new = given["name"], given["name"] not in self.runs
         run = self.runs.setdefault(id, Run())
         run.settings |= {name: value for name, value in given.items() if value is not None}
-        config = json.loads(run.settings["config"])
+        config = json.loads(run.settings.get("config", "{}"))
         run.config = {name: entry["value"] for name, entry in config.items()}
         if new:
             self.wait_while("slow start", self.start_delay)
@@ -225,9 +225,9 @@ class WandbServer:
         return {
             "id": id,
             "name": id,
-            "displayName": run.settings["displayName"],
-            "config": run.settings["config"],
-            "tags": run.settings["tags"],
+            "displayName": run.settings.get("displayName"),
+            "config": run.settings.get("config"),
+            "tags": run.settings.get("tags"),
             "summaryMetrics": json.dumps(run.summary),
             "historyLineCount": len(run.history),
             "eventsLineCount": len(run.lines.get(EVENTS, ())),

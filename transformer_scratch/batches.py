@@ -244,7 +244,7 @@ def until_stopped(loader: DataLoader, signals: Signals) -> Iterator[Batch | None
                 if not str(error).startswith("DataLoader timed out"):
                     raise  # an error of the data
                 waited += SLICE
-                message = f"no data for {waited} seconds from the workers; --num-workers 0 needs none"
+                message = f"no data from a worker for {waited} seconds; --num-workers 0 needs none"
                 if signals.received:
                     yield None
                 if waited >= WORKER_TIMEOUT:

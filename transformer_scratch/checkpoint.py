@@ -76,11 +76,11 @@ def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) 
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise TrainingFault(
-            f"{path} could not be written: {str(error).splitlines()[0]}. {remedy(path.parent)}"
+            f"{path} could not be written: {str(error).splitlines()[0]}. {what_to_do(path.parent)}"
         ) from error
 
 
-def remedy(folder: Path) -> str:
+def what_to_do(folder: Path) -> str:
     """What to do when a file could not be written there."""
     if not os.path.exists(folder):
         return "The folder is gone; where it has got another name, --resume it under that"

@@ -13,6 +13,7 @@ from typing import Literal
 import tyro
 
 from transformer_scratch.checkpoint import load_resumable
+from transformer_scratch.commands import python_command
 from transformer_scratch.errors import BadInput
 from transformer_scratch.hardware import choose_device, choose_precision
 from transformer_scratch.processes import ALONE, Processes
@@ -117,6 +118,19 @@ CHANGEABLE_ON_RESUME = {
     "wandb_project",
 }
 
+# The largest value of a flag, where it is not 10**9: far above what is of use, and below what
+# overflows or goes on for hours before it has filled the memory.
+LARGEST = {
+    "dim": 10**6,
+    "ffn_dim": 10**6,
+    "num_layers": 10**4,
+    "num_categories": 1_000,
+    "seq_len": 10**5,
+    "accumulate": 10**6,
+    "num_workers": 1_000,
+    "seed": 2**32 - 1,
+}
+
 
 def load_config(
     arguments: list[str] | None = None, processes: Processes = ALONE
@@ -127,17 +141,18 @@ def load_config(
     new run. A resumed run keeps its settings, and what is given beside --resume must not change
     what it has computed so far. Raises BadInput.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     config = parse(arguments, Config())
     folder = processes.run_before_restart() if config.resume is None else config.resume
     if folder is None:
-        check(config, processes)
+        check(config, processes, arguments)
         return *choose_open_settings(config, processes), None
 
-    checkpoint = processes.run_on_main(lambda: load_resumable(Path(folder)))
+    checkpoint = processes.run_on_main(lambda: load_run(Path(folder)))
     saved = config_of_checkpoint(checkpoint, folder)
     config = keep_saved_settings(saved, parse(arguments, saved))
     config = dataclasses.replace(config, resume=str(folder))
-    check(config, processes)
+    check(config, processes, arguments)
     if config.max_epochs < checkpoint["epoch"]:
         raise BadInput(
             f"--max-epochs {config.max_epochs}, but the run has done {checkpoint['epoch']} already"
@@ -150,9 +165,35 @@ def load_config(
     return config, {**reasons, "device": as_before, "precision": as_before}, checkpoint
 
 
-def parse(arguments: list[str] | None, default: Config) -> Config:
-    """The flags as given. For --help and for wrong flags tyro exits by itself."""
-    return tyro.cli(Config, args=arguments, default=default)
+def parse(arguments: list[str], default: Config) -> Config:
+    """The flags as given. For --help and for wrong flags tyro exits by itself. Raises BadInput."""
+    config = tyro.cli(Config, args=arguments, default=default)
+    for name in ("resume", "run_dir"):
+        folder = getattr(config, name)
+        if folder != getattr(default, name):
+            config = dataclasses.replace(config, **{name: from_home(folder, flag(name))})
+    return config
+
+
+def from_home(path: str, flag: str) -> str:
+    """The path, with the home folder for ~, also where the shell leaves it: --run-dir=~/runs/a.
+
+    Raises BadInput.
+    """
+    if not path:
+        raise BadInput(f"{flag} is empty: give a folder, or leave it out")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise BadInput(f"{flag} {path}: there is no such home folder; ./{path} is a plain folder")
+    return expanded
+
+
+def load_run(folder: Path) -> dict:
+    """The state of the run to resume. Raises BadInput."""
+    try:
+        return load_resumable(folder)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise BadInput(f"--resume {folder} cannot be read: {error.strerror}") from None
 
 
 def config_of_checkpoint(checkpoint: dict, origin: object) -> Config:
@@ -187,8 +228,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check(config: Config, processes: Processes) -> None:
-    """Raise BadInput for any value that cannot work, before anything is created."""
+def check(config: Config, processes: Processes, arguments: list[str]) -> None:
+    """Raise BadInput for any value that cannot work, before anything is created.
+
+    arguments: what was typed, so that it can be repeated.
+    """
     for name in (
         "devices", "max_epochs", "num_datas", "batch_size", "num_heads", "dim", "num_layers",
         "ffn_dim", "num_categories", "seq_len", "accumulate", "log_every", "save_top_k",
@@ -204,6 +248,10 @@ def check(config: Config, processes: Processes) -> None:
         require(name, config, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
     require("lr", config, lambda value: 0 < value < math.inf, "must be above 0, and finite")
     require("seed", config, lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295")
+    for name, value in vars(config).items():
+        most = LARGEST.get(name, 10**9)
+        if isinstance(value, int | float) and value > most:
+            raise BadInput(f"{flag(name)} {value} must be {most} or less")
     if config.dim % config.num_heads:
         divisors = ", ".join(str(n) for n in range(1, config.dim + 1) if config.dim % n == 0)
         raise BadInput(
@@ -214,16 +262,16 @@ def check(config: Config, processes: Processes) -> None:
         started = "one process was started"
         if processes.world_size > 1:
             started = f"torchrun started {processes.world_size}"
-        starter = "python"
-        if config.devices > 1:
-            starter = f"torchrun --standalone --nproc-per-node {config.devices}"
+        command = f"{python_command('train.py', config.devices)} {shlex.join(arguments)}"
         raise BadInput(
             f"--devices {config.devices}, but {started}. Start several processes with torchrun, a "
-            f"single one without; here: {starter} {shlex.join(sys.argv)}"
+            f"single one without; here: {command}"
         )
-    project = config.wandb_project
-    if project is not None and (not project or set(project) & set("/\\#?%:")):
-        raise BadInput(f"--wandb-project {project!r} must be a name without / \\ # ? % :")
+    origin, project = "--wandb-project", config.wandb_project
+    if project is None:
+        origin, project = "WANDB_PROJECT", default_project()
+    if not project or set(project) & set("/\\#?%:"):
+        raise BadInput(f"{origin} {project!r} must be a name without / \\ # ? % :")
     global_batch = config.batch_size * processes.world_size
     if global_batch > config.num_datas:
         raise BadInput(
@@ -254,7 +302,7 @@ def choose_open_settings(config: Config, processes: Processes) -> tuple[Config, 
         "lr": (lr, "1e-3 x (32 / dim)^(5/6)"),
         "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
         "seq_len": (default_seq_len(config), "num_categories + 6"),
-        "wandb_project": (os.environ.get("WANDB_PROJECT") or "transformer-scratch", ""),
+        "wandb_project": (default_project(), ""),
     }
     chosen: dict[str, object] = {}
     reasons = {}
@@ -270,6 +318,10 @@ def choose_open_settings(config: Config, processes: Processes) -> tuple[Config, 
 
 def default_seq_len(config: Config) -> int:
     return config.num_categories + 6
+
+
+def default_project() -> str:
+    return os.environ.get("WANDB_PROJECT") or "transformer-scratch"
 
 
 def run_name(config: Config) -> str:

@@ -4,6 +4,7 @@ import atexit
 import errno
 import functools
 import os
+import random
 import sys
 import traceback
 from collections.abc import Callable
@@ -52,6 +53,8 @@ def exits_cleanly(main: Callable) -> Callable:
             try:
                 with ExitStack() as undo:
                     before = endings.set(undo)
+                    # tyro, which reads the flags, draws random numbers for its cache.
+                    undo.callback(random.setstate, random.getstate())
                     try:
                         return main(*arguments, **options)
                     finally:

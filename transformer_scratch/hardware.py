@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ AUTOCAST_TYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """-> the device, and why. Raises BadInput when the accelerator is not there."""
+    """-> the device, and why. Raises BadInput when it is not there, or cannot be used."""
     found = {
         "gpu": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -24,6 +25,9 @@ def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, 
     if accelerator == "auto":
         accelerator = next(name for name in found if found[name])
         reason = "no GPU found" if accelerator == "cpu" else "found here"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if accelerator == "cpu" and visible:
+            reason += f" with CUDA_VISIBLE_DEVICES={visible}"
     if not found[accelerator]:
         raise BadInput(
             f"--accelerator {accelerator}, but PyTorch finds none here; "
@@ -37,8 +41,17 @@ def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, 
             f"{torch.cuda.device_count()}); start fewer with --nproc-per-node, "
             "or give --accelerator cpu"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank), reason
+    device = torch.device("cuda", local_rank)
+    try:
+        when_main_ends(torch.cuda.set_device, torch.cuda.current_device())
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, ValueError) as error:  # its driver is too old, another program has it
+        raise BadInput(
+            f"GPU {local_rank} cannot be used: {str(error).splitlines()[0]}; "
+            "--accelerator cpu works everywhere"
+        ) from None
+    return device, reason
 
 
 def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[str, str]:
@@ -64,8 +77,13 @@ def choose_threads(dim: int, batch_size: int) -> str:
 
     A second thread makes its steps little faster, and beside other programs two threads wait for
     each other: the default training then takes minutes instead of half a minute.
+
+    Raises BadInput when OMP_NUM_THREADS is no such number: PyTorch would pass over it.
     """
-    if "OMP_NUM_THREADS" in os.environ:
+    variable = os.environ.get("OMP_NUM_THREADS")
+    if variable is not None:
+        if not re.match(r"\s*[1-9]\d{0,8}\s*(,|$)", variable):  # it may hold a list
+            raise BadInput(f"OMP_NUM_THREADS={variable!r} must be a number of threads, or unset")
         return "OMP_NUM_THREADS"
     if dim * batch_size > 32 * 128:
         return "one a core"
@@ -81,7 +99,7 @@ def allow_tf32() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what one step frees for the next, instead of returning it.
+    """Let the C library keep what one step frees for the next, until main ends.
 
     Taking memory anew costs a page fault every 4 KiB. Only glibc has the call; it affects the
     whole process, and only its use of memory.
@@ -92,6 +110,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 2**25)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 2**26)
+        # What glibc itself comes to, once it has met blocks of 2**25 bytes.
+        when_main_ends(libc.malloc_trim, 0)
+        when_main_ends(libc.mallopt, top_pad, 2**17)
+        when_main_ends(libc.mallopt, trim_threshold, 2**26)
 
 
 def compile_model(model: nn.Module) -> str:

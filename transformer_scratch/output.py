@@ -59,12 +59,16 @@ def lenient_output() -> Iterator[None]:
         except OSError:
             # Closed by the shell: the next file to be opened would get the number of the output.
             os.open(os.devnull, os.O_RDWR)
-    with (
-        redirect_stdout(LenientStream(sys.stdout or open(os.devnull, "w", encoding="utf-8"))),
-        redirect_stderr(LenientStream(sys.stderr or open(os.devnull, "w", encoding="utf-8"))),
-    ):
+    with redirect_stdout(lenient(sys.stdout)), redirect_stderr(lenient(sys.stderr)):
         try:
             yield
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+
+
+def lenient(stream: TextIO | None) -> LenientStream:
+    """None is what Python has where the shell has closed a stream."""
+    if stream is None or getattr(stream, "closed", False):
+        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return LenientStream(stream)

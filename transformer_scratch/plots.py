@@ -86,9 +86,11 @@ def record_attention(
     for name, module in layers.items():
         module.attend = remembering(name, module.attend)
     device = next(model.parameters()).device
-    model(torch.tensor([source], device=device), torch.tensor([decoder_input], device=device))
-    for module in layers.values():
-        del module.attend  # the class's own is back
+    try:
+        model(torch.tensor([source], device=device), torch.tensor([decoder_input], device=device))
+    finally:
+        for module in layers.values():
+            del module.attend  # the class's own is back
     return recorded
 
 

@@ -3,9 +3,11 @@
 import atexit
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,21 +79,70 @@ class Processes:
 
 
 ALONE = Processes()
+WHO_SETS_IT = "torchrun sets it; to train with one process, unset WORLD_SIZE"
 
 
 def start_processes() -> Processes:
-    """Join the other processes, where torchrun started several."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    """Join the other processes, where torchrun started several.
+
+    Raises BadInput when the environment does not say which process this is, or where the others
+    are to be found.
+    """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not under_torchrun and os.environ.get("WORLD_SIZE", "1") == "1":
         return ALONE
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    world_size = number_from_environment("WORLD_SIZE", 1, 2**31 - 1)
+    rank = number_from_environment("RANK", 0, world_size - 1)
+    local_rank = number_from_environment("LOCAL_RANK", 0, world_size - 1)
+    port = number_from_environment("MASTER_PORT", 1, 65_535)
+    host = os.environ.get("MASTER_ADDR")
+    if not host:
+        raise BadInput(f"MASTER_ADDR must name the host of process 0; {WHO_SETS_IT}")
+    place = f"MASTER_ADDR={host} MASTER_PORT={port}"
+    try:
+        store = call_interruptibly(lambda: join(rank, world_size), place)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"the processes cannot meet at {place}: {reason}") from None
+    if world_size > 1:
+        when_main_ends(leave_process_group)
+    return Processes(rank, local_rank, world_size, store)
+
+
+def number_from_environment(name: str, least: int, most: int) -> int:
+    """Raises BadInput when the variable does not hold such a number."""
+    text = os.environ.get(name)
+    if text is None or not text.isdecimal() or not least <= int(text) <= most:
+        state = "is not set" if text is None else f"is {text!r}"
+        raise BadInput(f"{name} {state}, but must be from {least} to {most}; {WHO_SETS_IT}")
+    return int(text)
+
+
+def call_interruptibly(function: Callable[[], object], place: str) -> object:
+    """Call what waits for others: in a thread, as PyTorch waits where no Ctrl-C is heard."""
+    future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    if not wait([future], timeout=10).done:
+        print(f"waiting for the other processes at {place}", file=sys.stderr)
+    return future.result()
+
+
+def join(rank: int, world_size: int) -> dist.Store:
+    """Wait until all processes have come. -> the store that they share."""
+    store, _, _ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore("transformer_scratch", store)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         own_store = dist.PrefixStore(name_of_this_start(store, rank, world_size), store)
         dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
-        when_main_ends(leave_process_group)
-    return Processes(rank, int(os.environ["LOCAL_RANK"]), world_size, store)
+    return store
 
 
 def leave_process_group() -> None:

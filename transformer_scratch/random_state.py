@@ -4,9 +4,13 @@ import random
 
 import torch
 
+from transformer_scratch.errors import when_main_ends
+
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's generator and PyTorch's, on the CPU and on all GPUs."""
+    """Seed Python's generator and PyTorch's, on the CPU and on all GPUs, until main ends."""
+    generators = RandomState()
+    when_main_ends(generators.load_state_dict, generators.state_dict())
     random.seed(seed)
     torch.manual_seed(seed)
 

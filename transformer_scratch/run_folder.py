@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from transformer_scratch.output import warn_once
 from transformer_scratch.processes import Processes
 
 RUNS = Path("runs")
+STATES = ("last.pt", "previous.pt")  # the second where the first is damaged or gone
 # These differ between processes; the rest of a checkpoint is the same in all of them.
 OWN_TO_EACH_PROCESS = ("progress", "rng")
 
@@ -65,8 +67,7 @@ class RunFolder:
             if checkpoint and checkpoint["file"] != str(self.path / "last.pt"):
                 # last.pt is damaged or gone: it must not become previous.pt at the next save.
                 link(self.path / "previous.pt", self.path / "last.pt")
-            self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
-            when_main_ends(self.metrics.close)
+            self.open_metrics()
             self.write_config()
         except OSError as error:
             raise BadInput(
@@ -79,6 +80,19 @@ class RunFolder:
         os.replace(temporary, self.path / "config.json")
 
     # ---------------------------------------------------------------------------- metrics.jsonl
+
+    def open_metrics(self) -> None:
+        self.metrics = open(self.path / "metrics.jsonl", "a+b", buffering=0)  # noqa: SIM115
+        when_main_ends(self.metrics.close)
+
+    def bring_back_metrics(self) -> None:
+        """Write metrics.jsonl anew where somebody has deleted it: its rows are in the open file."""
+        if self.path.exists() and not os.path.exists(self.metrics.name):
+            self.metrics.seek(0)
+            rows = self.metrics.read()
+            self.open_metrics()
+            self.metrics.write(rows)
+            warn_once("metrics", f"{self.metrics.name} was gone; its rows are written anew")
 
     def record(self, row: dict) -> None:
         """Note the numbers of an update. Tensors stay on the device until flush reads them.
@@ -164,6 +178,7 @@ class RunFolder:
         self.saved_step = everything["progress"].step
         if not self.is_main:
             return
+        self.bring_back_metrics()
         force_to_disk(self.metrics.fileno())
         state |= {
             "epoch": everything["progress"].epoch,
@@ -220,10 +235,11 @@ class RunFolder:
             if file.exists():
                 link(file, best)
                 return
+            gone = f"{file} is gone"
             if epoch_of(best) == ranked_epoch:
-                warn_once(file.name, f"{file} is gone; best.pt still holds its weights")
+                warn_once(f"{gone}, kept", f"{gone}; best.pt still holds its weights")
                 return
-            warn_once(file.name, f"{file} is gone; the next best takes its place as best.pt")
+            warn_once(f"{gone}, replaced", f"{gone}; the next best takes its place as best.pt")
         save_checkpoint(best, content)
 
     def load_best(self, ranking: list) -> dict:
@@ -311,27 +327,25 @@ def never_trained(folder: Path) -> bool:
 
 
 def newest_run() -> Path:
-    """The run in runs/ whose state was saved last. Raises BadInput when there is none.
-
-    The clock in the checkpoint counts, not the date of the file: a copy has a new one. What was
-    saved in the future, by a clock that was wrong, comes last.
-    """
-    saved_at = {file.parent: time_of(file) for file in sorted(RUNS.glob("*/last.pt"))}
-    if not saved_at:
+    """The run in runs/ whose state was saved last. Raises BadInput when there is none."""
+    folders = {file.parent for name in STATES for file in RUNS.glob(f"*/{name}")}
+    if not folders:
         raise BadInput(
             f"there is no trained run in runs/; start with: {python_command('train.py')}"
         )
-    now = time.time()
-    return max(saved_at, key=lambda folder: saved_at[folder] if saved_at[folder] <= now else 0)
+    return max(sorted(folders), key=saved_at)
 
 
-def time_of(path: Path) -> float:
-    """When a state was saved, in seconds since 1970; 0 when the file is damaged.
+def saved_at(folder: Path) -> tuple[float, float]:
+    """When the state of a run was saved, in seconds since 1970, and the date of its file.
 
-    Only what is needed is read: mmap leaves the tensors on the disk.
+    The clock in the checkpoint counts, as a copied file has a new date. It is 0 where there is none
+    in it, and where it is in the future: that clock was wrong.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return content["saved_at"]
-    except Exception:  # a damaged file can raise almost anything; who loads it says what is wrong
-        return 0
+    for name in STATES:
+        with suppress(Exception):  # a damaged file can raise almost anything
+            # Only what is needed is read: mmap leaves the tensors on the disk.
+            content = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+            clock = content.get("saved_at", 0)
+            return clock if clock <= time.time() else 0, (folder / name).stat().st_mtime
+    return 0, 0

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import torch
 
@@ -27,8 +28,8 @@ class Signals:
             return  # Python handles signals in its main thread alone
         for number in STOPPING:
             before = signal.getsignal(number)
-            # nohup ignores SIGHUP: that is to stay so. None: a library in C listens.
-            if before not in (signal.SIG_IGN, None):
+            # nohup ignores SIGHUP: that is to stay so. What a library in C hears stays its own.
+            if before != signal.SIG_IGN and not (before == signal.SIG_DFL and is_handled(number)):
                 signal.signal(number, self.remember)
                 when_main_ends(signal.signal, number, before)
 
@@ -48,3 +49,12 @@ class Signals:
         received = torch.tensor([self.received])
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
         return int(received)
+
+
+def is_handled(number: int) -> bool:
+    """Whether the system knows a handler: signal.getsignal does not know those set in C."""
+    status = Path("/proc/self/status")  # of Linux
+    if not status.exists():
+        return False
+    mask = status.read_text(encoding="utf-8").split("SigCgt:")[1].split()[0]
+    return bool(int(mask, 16) >> (number - 1) & 1)

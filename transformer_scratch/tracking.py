@@ -123,6 +123,7 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
         "settings": wandb.Settings(
             init_timeout=START_TIMEOUT,
             silent=True,
+            x_transaction_log_flush_interval=1,  # to the disk every second, not every 15
             # Found also when it was started from another folder.
             program_abspath=str(SCRIPT),
             program_relpath=SCRIPT.name,
@@ -130,9 +131,10 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
     }
     if mode != "disabled":
         service.start()
+    earlier_parts = unfinished_parts(run)
     try:
-        if mode == "online" and run.resumed:
-            upload_earlier_parts(run)
+        if mode == "online" and earlier_parts:
+            upload(earlier_parts, run.path)
         wandb.init(mode=mode, **settings)
     except wandb.Error as error:
         mode, reason = "offline", f"W&B did not answer: {str(error).splitlines()[0]}"
@@ -143,7 +145,7 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
         service.start()
         wandb.init(mode=mode, **settings)
     define_axes(wandb.run)
-    if mode == "online" and run.resumed:
+    if mode == "online" and earlier_parts:
         send_missing_rows(run)
     line = f"{mode} ({reason})"
     if mode == "online":
@@ -175,26 +177,30 @@ def settings_of_run(config: Config, folder: Path) -> dict:
     return settings
 
 
-def upload_earlier_parts(run: RunFolder) -> None:
-    """What an earlier part of this run has left on the disk, before new rows follow it.
+def unfinished_parts(run: RunFolder) -> list[Path]:
+    """The folders of what W&B has recorded of this run before, and not uploaded; the oldest first.
 
-    Raises wandb.Error when that takes too long.
+    Their names are run-<time>-<id> and offline-run-<time>-<id>.
     """
     files = [file for file in run.path.glob("wandb/*run-*/*.wandb") if not synced(file).exists()]
-    # run-<time>-<id> and offline-run-<time>-<id>: in the order in which they began.
     parts = [file.parent.absolute() for file in files]
-    if parts:
-        parts.sort(key=lambda part: part.name.split("run-")[1])
-        command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *parts]
-        try:
-            # In the run's folder, where it leaves a log.
-            subprocess.run(command, cwd=run.path, capture_output=True, timeout=START_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise wandb.Error("the upload of the run's earlier part took too long") from None
+    return sorted(parts, key=lambda part: part.name.split("run-")[1])
+
+
+def upload(parts: list[Path], folder: Path) -> None:
+    """What is on the disk, before new rows follow it. Raises wandb.Error when that takes long.
+
+    folder: where `wandb sync` leaves a log.
+    """
+    command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *parts]
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, timeout=START_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise wandb.Error("the upload of the run's earlier part took too long") from None
 
 
 def send_missing_rows(run: RunFolder) -> None:
-    """Rows that were lost with W&B's process, which writes to the disk only now and then.
+    """Rows that were lost with W&B's process, which writes to the disk once a second.
 
     Those of the last update that arrived come twice: its epoch's row has the same number.
     """

@@ -62,8 +62,7 @@ class Watched:
     @property
     def seconds_an_epoch(self) -> float | None:
         """From the outage on; None when no more epoch ended."""
-        first = self.times(EPOCH).index(*self.times(OUTAGE))
-        times = self.times(EPOCH)[first:]
+        times = self.times(EPOCH)[1:]  # the first epoch ended before it
         return (times[-1] - times[0]) / (len(times) - 1) if times[1:] else None
 
     @property

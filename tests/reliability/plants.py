@@ -5,6 +5,7 @@ import io
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -247,6 +248,26 @@ def act_at_output(output: str, number: int, act: Callable[[], None]) -> None:
         return act() if count() == number else original(*arguments, **others)
 
     setattr(owner, name, show)
+
+
+def lose_output(how: str) -> None:
+    """Whatever is written to stdout and stderr fails from now on."""
+    if how == "closed":  # as by >&- 2>&- <&-, before Python starts
+        sys.stdin = sys.stdout = sys.stderr = None
+        for descriptor in range(3):
+            os.close(descriptor)
+        return
+    if how == "terminal gone":
+        other_end, lost = os.openpty()
+        os.close(other_end)
+    elif how == "reader gone":
+        other_end, lost = os.pipe()
+        os.close(other_end)
+    else:
+        lost = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(lost, 1)
+    os.dup2(lost, 2)
+    os.close(lost)
 
 
 def raise_in_dataset(batch: int) -> None:

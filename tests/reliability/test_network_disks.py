@@ -18,7 +18,7 @@ from trainings import NEW, RESUME, SMALL, fingerprint
 
 from transformer_scratch import output
 from transformer_scratch.checkpoint import load_checkpoint, save_checkpoint
-from transformer_scratch.errors import BadInput
+from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.run_folder import lock_folder
 
 NOT_THERE = [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP]
@@ -130,6 +130,15 @@ def test_a_training_goes_on_with_a_warning_each(run, undisturbed, plants, warnin
     assert fingerprint(Path("run")) == undisturbed(*SMALL)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ESTALE])
+def test_a_disk_that_fails_is_one_line_and_no_traceback(capsys, number):
+    with pytest.raises(SystemExit) as end:
+        exits_cleanly(failing(number))()
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the disk fails: ") and said.count("\n") == 1
+
+
 def disk_fails_at(kind: str, number: int) -> None:
     """From the number-th time on, forcing this kind of file to the disk fails."""
     count = counter()
@@ -148,7 +157,7 @@ def disk_fails_at(kind: str, number: int) -> None:
     [
         # After the first save, which is needed for resuming.
         pytest.param("a checkpoint", 2, marks=slow),
-        pytest.param("metrics", 2),
+        pytest.param("metrics", 2, marks=slow),
         pytest.param("a folder", 2, marks=slow),
         pytest.param("a folder", 3, id="best.pt", marks=slow),
         pytest.param("a folder", 4, id="previous.pt", marks=slow),

@@ -145,3 +145,12 @@ def test_the_number_of_processes_cannot_change_in_a_resumed_run(run, run_two):
     codes, outputs = run_two("--resume", "alone")
     assert codes == [2, 2]
     assert "--devices 1, but torchrun started 2" in outputs[0]
+
+
+@slow
+def test_evaluation_of_long_sequences_leaves_the_distributed_model_alone(run_two):
+    """Decoding goes on to --seq-len, and training after it, also in a resumed run."""
+    long = [*HALF, "--seq-len", "600"]
+    assert run_two(*long, *NEW)[0] == [0, 0]
+    assert run_two(*RESUME, "--max-epochs", "3")[0] == [0, 0]
+    assert read_metrics(Path("run"))[-1]["step"] == 18

@@ -20,6 +20,7 @@ VALIDATION = functools.partial(signal_while_answering, 1)
 TEST = functools.partial(signal_while_answering, 3)
 SIGINT, SIGTERM = (signal.SIGINT, 130), (signal.SIGTERM, 143)
 SIGHUP = (signal.SIGHUP, 129)  # the terminal was closed
+SIGUSR1, SIGXCPU = (signal.SIGUSR1, 138), (signal.SIGXCPU, 152)  # a batch system warns
 slow = pytest.mark.slow
 
 
@@ -29,6 +30,8 @@ slow = pytest.mark.slow
         pytest.param(STEP, SIGINT, 4, id="Ctrl-C in a step"),
         pytest.param(STEP, SIGTERM, 4, id="SIGTERM in a step", marks=slow),
         pytest.param(STEP, SIGHUP, 4, id="SIGHUP in a step"),
+        pytest.param(STEP, SIGUSR1, 4, id="SIGUSR1 in a step", marks=slow),
+        pytest.param(STEP, SIGXCPU, 4, id="SIGXCPU in a step", marks=slow),
         pytest.param(VALIDATION, SIGTERM, 6, id="SIGTERM in validation"),
         pytest.param(VALIDATION, SIGINT, 6, id="Ctrl-C in validation", marks=slow),
         pytest.param(signal_in_save, SIGINT, 6, id="Ctrl-C in a save", marks=slow),
@@ -43,7 +46,7 @@ def test_one_signal_saves_and_the_exit_code_says_which(run, undisturbed, plant, 
     assert code == expected
     assert load_checkpoint(Path("run/last.pt"))["step"] == step
     assert f"stopped: after step {step}; nothing is lost. Resume with: " in output
-    assert "python train.py --resume run\n" in output
+    assert "train.py --resume run\n" in output
     assert "Traceback" not in output
     assert run(*RESUME)[0] == 0
     assert fingerprint(Path("run")) == undisturbed(*SMALL)
@@ -89,6 +92,17 @@ def test_a_signal_to_the_whole_group_as_a_terminal_sends_it(number, expected):
     assert time.monotonic() - started < 15
     assert "Traceback" not in Path("output.txt").read_text(encoding="utf-8")
     assert load_checkpoint(Path("run/last.pt"))["step"] == steps_done(Path("run"))
+
+
+@slow
+def test_a_limit_of_processor_time_saves_first():
+    """From then on the system sends a SIGXCPU every second, the last ones while Python ends."""
+    flags = [*SMALL, *NEW, "--max-epochs", "1000", "--save-every", "1"]
+    command = f"ulimit -S -t 12; {sys.executable} {PROJECT / 'train.py'} {' '.join(flags)}; exit $?"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 152, done.stderr
+    assert "nothing is lost. Resume with: " in done.stderr
+    assert load_checkpoint(Path("run/last.pt"))["step"] == steps_done(Path("run")) > 0
 
 
 def wait_for(condition, seconds: float = 120) -> None:

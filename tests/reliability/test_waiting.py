@@ -1,4 +1,4 @@
-"""Waiting for a data worker: signals are heard, it is said what the wait is for, no batch is lost."""
+"""Waiting for a data worker: signals are heard, the wait is explained, no batch is lost."""
 
 import functools
 import os
@@ -66,12 +66,12 @@ def test_a_long_wait_is_explained_once(capsys):
     given("a", *[NOTHING_YET] * 9, "b")
     assert capsys.readouterr().err == ""
     given("a", *[NOTHING_YET] * 15, "b", *[NOTHING_YET] * 15, "c")
-    said = "warning: no data for 30 seconds from the workers; --num-workers 0 needs none\n"
+    said = "warning: no data from a worker for 30 seconds; --num-workers 0 needs none\n"
     assert capsys.readouterr().err == said
 
 
 def test_a_wait_for_nothing_ends():
-    with pytest.raises(RuntimeError, match="no data for 600 seconds from the workers"):
+    with pytest.raises(RuntimeError, match="no data from a worker for 600 seconds"):
         given("a", *[NOTHING_YET] * 1000)
 
 
@@ -109,9 +109,7 @@ def patience(slices: float = 0.2, warning: float = 30, end: float = 600) -> None
 
 def at_batch_4(fault, **patiently: float):
     """A plant: the fault happens in the data workers, and the run waits for their batches."""
-    return chain(
-        functools.partial(in_a_worker, 4, fault), functools.partial(patience, **patiently)
-    )
+    return chain(functools.partial(in_a_worker, 4, fault), functools.partial(patience, **patiently))
 
 
 def hang() -> None:
@@ -198,7 +196,7 @@ def test_a_worker_that_never_delivers_ends_the_run_in_the_end(run, undisturbed):
     plant = at_batch_4(hang, slices=1, end=3)
     code, said = run(*SMALL, *NEW, "--save-every", "1", *ONE_WORKER, plant=plant)
     assert code == 1
-    assert "no data for 3 seconds from the workers; --num-workers 0 needs none" in said
+    assert "no data from a worker for 3 seconds; --num-workers 0 needs none" in said
     assert load_checkpoint(Path("run/last.pt"))["step"] == 3
     assert run(*RESUME, "--num-workers", "0")[0] == 0
     assert fingerprint(Path("run")) == undisturbed(*SMALL)
