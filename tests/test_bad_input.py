@@ -99,12 +99,10 @@ def test_values_outside_their_range(refused, flag, value, rule):
     [
         "--accumulate",
         "--batch-size",
-        "--clip-norm",
         "--devices",
         "--dim",
         "--ffn-dim",
         "--log-every",
-        "--lr",
         "--max-epochs",
         "--num-categories",
         "--num-datas",
@@ -116,12 +114,16 @@ def test_values_outside_their_range(refused, flag, value, rule):
         "--seed",
         "--seq-len",
         "--warmup-steps",
-        "--weight-decay",
     ],
 )
 def test_numbers_too_large_to_compute_with(refused, flag, digits):
     message = refused(flag, "1" + "0" * (digits - 1))
     assert f"{flag} " in message and "must be" in message
+
+
+@pytest.mark.parametrize("flag", ["--clip-norm", "--lr", "--weight-decay"])
+def test_numbers_too_large_for_a_float(refused, flag):
+    assert f"{flag} inf must be" in refused(flag, "1" + "0" * 400)
 
 
 def test_numbers_beyond_all_use_that_work_are_not_refused():

@@ -56,6 +56,7 @@ def test_the_current_gpu(monkeypatch, ends_well):
     assert current[0] == 3
 
 
+@pytest.mark.slow
 def test_memory_that_was_kept():
     """A notebook that has trained holds no more of the machine than before."""
     code = """

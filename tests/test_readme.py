@@ -78,7 +78,7 @@ def test_the_command_can_be_typed(command):
     elif "train.py" in words:
         flags = words[words.index("train.py") + 1 :]
         if not {"--help", "--resume"} & set(flags):
-            check(parse(flags, Config()), ALONE)
+            check(parse(flags, Config()), ALONE, flags)
     elif "evaluate.py" in words:
         tyro.cli(evaluate.Arguments, args=words[words.index("evaluate.py") + 1 :])
     elif words[0].endswith(".py") or program == "cp":

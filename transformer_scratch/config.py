@@ -250,7 +250,7 @@ def check(config: Config, processes: Processes, arguments: list[str]) -> None:
     require("seed", config, lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295")
     for name, value in vars(config).items():
         most = LARGEST.get(name, 10**9)
-        if isinstance(value, int | float) and value > most:
+        if isinstance(value, int) and value > most:
             raise BadInput(f"{flag(name)} {value} must be {most} or less")
     if config.dim % config.num_heads:
         divisors = ", ".join(str(n) for n in range(1, config.dim + 1) if config.dim % n == 0)

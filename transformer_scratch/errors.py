@@ -109,10 +109,11 @@ def remedy(error: Exception) -> str | None:
 
 
 def leave(code: int, message: str, every_process: bool = False) -> None:
-    """Say why, and exit. A message common to all processes is printed by the main one."""
-    if every_process or rank() in (None, "0"):
+    """Say why, and exit. A message common to processes that have met is printed by the main one."""
+    have_met = rank() is not None and torch.distributed.is_initialized()
+    if every_process or not have_met or rank() == "0":
         label = "error" if code in (1, 2) else "stopped"
-        label += f" in process {rank()}" if rank() else ""
+        label += f" in process {rank()}" if have_met else ""
         print(f"{label}: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -182,7 +182,9 @@ def test_both_scripts_do_their_work_whatever_becomes_of_their_output(undisturbed
 @slow
 def test_help_for_a_reader_who_leaves():
     command = f"set -o pipefail; {sys.executable} {PROJECT}/train.py --help | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, encoding="utf-8", check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -99,7 +99,9 @@ def test_a_limit_of_processor_time_saves_first():
     """From then on the system sends a SIGXCPU every second, the last ones while Python ends."""
     flags = [*SMALL, *NEW, "--max-epochs", "1000", "--save-every", "1"]
     command = f"ulimit -S -t 12; {sys.executable} {PROJECT / 'train.py'} {' '.join(flags)}; exit $?"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 152, done.stderr
     assert "nothing is lost. Resume with: " in done.stderr
     assert load_checkpoint(Path("run/last.pt"))["step"] == steps_done(Path("run")) > 0
