@@ -31,9 +31,9 @@ from transformer_scratch.task import Splits, Task
 # sends SIGTERM soon kills.
 PATIENCE, PATIENCE_WHEN_STOPPED = 60, 4
 START_TIMEOUT = 20
-# Seconds that a table may wait for the server to say whether it knows one of that name: W&B asks
-# only in order to complain early, and would wait 20 seconds each time.
-TABLE_TIMEOUT = 0.5
+# Seconds that a table waits for the server to say whether it knows another of that name. W&B asks
+# only in order to complain early, but would wait 20 seconds for the answer, at every table.
+TABLE_TIMEOUT = 0.01
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
 

@@ -231,6 +231,17 @@ def test_after_an_outage_in_the_middle_all_arrives(server):
     assert "sync" not in seen.output
 
 
+def test_an_outage_of_hundreds_of_short_epochs_loses_no_row(server):
+    """What waits for the server, such as the tables, must not hold up the numbers behind it."""
+    short = ["--num-datas", "64", "--max-epochs", "300", "--save-top-k", "1", "--log-every", "1"]
+    seen = train_through(server, "refused", Path.cwd(), *short)
+    assert seen.exit_code == 0, seen.output
+    assert seen.seconds_to_the_end <= 75
+    server.mode = "healthy"
+    upload(server, seen.output)
+    check_numbers(server.runs[run_id()])
+
+
 # -------------------------------------------------------------------------------- from the start
 
 
