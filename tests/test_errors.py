@@ -1,11 +1,9 @@
-"""How a program ends: one way out, and the process as it was before."""
+"""How a program ends: one way out, one line, its exit code."""
 
 import signal
 
 import pytest
-import torch
 
-import train as train_script
 from transformer_scratch.errors import (
     BadInput,
     Stopped,
@@ -13,36 +11,6 @@ from transformer_scratch.errors import (
     exits_cleanly,
     when_main_ends,
 )
-
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def process_wide() -> tuple:
-    return [signal.getsignal(number) for number in NUMBERS], torch.get_num_threads()
-
-
-@pytest.fixture
-def two_threads(monkeypatch):
-    """As a user has them, so that a change to one thread shows."""
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("flags", [[], ["--run-dir", "taken"], ["--lr", "1e30"]])
-def test_what_is_process_wide_is_given_back(tiny, tmp_path, two_threads, capsys, flags):
-    """After a training that ends well, one that is refused, and one whose numbers go bad."""
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes.txt").touch()
-    before = process_wide()
-    try:
-        train_script.main([*tiny, "--wandb", "disabled", "--warmup-steps", "0", *flags])
-    except SystemExit as end:
-        assert flags and end.code == (2 if "taken" in flags else 1)
-    else:
-        assert not flags
-    assert process_wide() == before
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,11 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, TINY
+from conftest import TINY
 
 import train as train_script
 from transformer_scratch.checkpoint import load_checkpoint
@@ -122,17 +119,6 @@ def test_the_summary_says_everything(finished):
     assert len(re.findall(r"^epoch \d: train loss", text, re.M)) == 2
 
 
-@pytest.mark.slow
-def test_a_reader_of_the_output_who_leaves_is_no_fault():
-    """As `head` does."""
-    command = [sys.executable, str(PROJECT / "train.py"), "--help"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    )
-    process.stdout.close()
-    assert process.wait() == 0 and process.stderr.read() == ""
-
-
 def test_the_progress_bar_survives_a_pipe(finished):
     """A line now and then, on stderr, without control characters; the last has all updates."""
     text = output(finished, "train.py.err")
@@ -212,70 +198,6 @@ def test_what_is_only_read_changes_no_number(train):
 def test_other_settings_run(train, flags):
     run = train(*TINY, "--max-epochs", 1, *flags.split())
     assert "test/exact_match" in read_metrics(run)[-1]
-
-
-# --------------------------------------------------------------------------------- how main ends
-
-
-NOT_OURS = {"PYTEST_CURRENT_TEST", "WANDB_SERVICE"}
-
-
-def process_wide() -> dict[str, object]:
-    """What a program may change for the whole process."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    return {
-        "signals": [signal.getsignal(number) for number in signals],
-        "threads": torch.get_num_threads(),
-        "precision of matrix products": torch.get_float32_matmul_precision(),
-        "environment": {k: v for k, v in os.environ.items() if k not in NOT_OURS},
-        "locks": [link for link in open_files() if link.endswith((".lock", "metrics.jsonl"))],
-    }
-
-
-def open_files() -> list[str]:
-    return [os.path.realpath(descriptor) for descriptor in Path("/proc/self/fd").iterdir()]
-
-
-@pytest.fixture
-def everything_to_change(monkeypatch):
-    """Start from other settings than main chooses: it gives one thread to a model this small."""
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(2)
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-
-
-@pytest.mark.parametrize("wandb_mode", ["disabled", "offline"])
-def test_what_is_process_wide_is_given_back(everything_to_change, wandb_mode):
-    before = process_wide()
-    train_script.main([*TINY, "--max-epochs", "1", "--wandb", wandb_mode])
-    assert process_wide() == before
-
-
-def test_a_fault_of_the_program_keeps_its_traceback_and_exits_with_1(
-    everything_to_change, monkeypatch, capsys
-):
-    during = []
-
-    def broken(*arguments: object) -> None:
-        during.append(process_wide())
-        raise ZeroDivisionError("a bug in evaluate")
-
-    monkeypatch.setattr(train_script, "evaluate", broken)
-    before = process_wide()
-    with pytest.raises(SystemExit) as end:
-        train_script.main([*TINY, "--max-epochs", "1", "--wandb", "disabled"])
-    assert end.value.code == 1
-    error = capsys.readouterr().err
-    assert "Traceback (most recent call last)" in error
-    assert "ZeroDivisionError: a bug in evaluate" in error
-    assert process_wide() == before
-    for name in ("signals", "threads", "precision of matrix products", "locks"):
-        assert during[0][name] != before[name], "it had been changed"
 
 
 # ------------------------------------------------------------------------------------ evaluate.py

@@ -1,7 +1,7 @@
 """Weights & Biases: it never asks a question, needs no account, and neither ends nor delays a run.
 
 Everything that may wait for its server is called in a thread of its own, in order. At the end that
-thread gets a minute; what is then not uploaded lies in the run's folder, for `wandb sync`.
+thread gets 50 seconds; what is then not uploaded lies in the run's folder, for `wandb sync`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from transformer_scratch.task import Splits, Task
 
 # Seconds. How long to wait for W&B when a run has ended, and when a signal has stopped it: whoever
 # sends SIGTERM soon kills.
-PATIENCE, PATIENCE_WHEN_STOPPED = 60, 4
+PATIENCE, PATIENCE_WHEN_STOPPED = 50, 4
 START_TIMEOUT = 20
 # Seconds that a table waits for the server to say whether it knows another of that name. W&B asks
 # only in order to complain early, but would wait 20 seconds for the answer, at every table.
@@ -358,8 +358,8 @@ def end_wandb(signals: Signals, service: Service) -> None:
         if service.files:
             command = f"{shell_command('wandb')} sync --no-skip-online {quote(service.files)}"
             print(
-                "warning: W&B has not got everything. Upload curves, tables and pictures later "
-                f"with: {command}",
+                "warning: W&B has not got everything; metrics.jsonl has all numbers. "
+                f"Upload what lies on the disk with: {command}",
                 file=sys.stderr,
             )
     thread.shutdown(wait=False, cancel_futures=True)

@@ -106,7 +106,7 @@ def test_a_validation_loss_that_is_no_number_is_not_saved_either(run):
         pytest.param(
             TWO_WORKERS,
             functools.partial(in_a_worker, 2, signal.pause),
-            "timed out after 1 seconds",
+            "no data from a worker for",
             id="worker hangs",
             marks=slow,
         ),

@@ -68,13 +68,15 @@ def test_a_kill_elsewhere(run, undisturbed, plant):
 
 
 @slow
-def test_killed_before_the_first_state_there_is_nothing_to_resume(run):
-    plant = functools.partial(kill_in_save, "half written", 1)
-    assert run(*SMALL, *SAVING, plant=plant)[0] == KILLED
+@pytest.mark.parametrize("moment", ["before writing", "half written", "before the rename"])
+def test_killed_before_the_first_state_it_can_be_begun_again(run, undisturbed, moment):
+    assert run(*SMALL, *SAVING, plant=functools.partial(kill_in_save, moment, 1))[0] == KILLED
     code, output = run(*RESUME)
     assert code == 2
     assert "there is no last.pt in it" in output
     assert "Traceback" not in output
+    assert run(*SMALL, *SAVING)[0] == 0
+    assert fingerprint(Path("run")) == undisturbed(*SMALL)
 
 
 @slow

@@ -138,6 +138,16 @@ def test_what_is_process_wide_is_given_back(at_step, tmp_path, capsys, mode, fla
     assert end.value.code == code
 
 
+def test_meanwhile_it_is_changed_indeed(at_step):
+    during = {}
+    at_step(3, lambda: during.update(changed_since(before)))
+    before = process_wide()
+    train_script.main(FLAGS)
+    assert {"signals", "threads of PyTorch", "random numbers", "streams", "open files"} < set(
+        during
+    )
+
+
 def test_ctrl_c_is_pythons_again(at_step):
     at_step(3, send(signal.SIGINT))
     with pytest.raises(SystemExit):
