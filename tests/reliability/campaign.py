@@ -45,7 +45,9 @@ class Arguments:
     """Stop trainings, damage checkpoints, count what survives."""
 
     stops: int = 20
-    """Trainings to stop by each of SIGKILL, SIGTERM and SIGHUP."""
+    """Trainings to stop by each of the signals."""
+    signals: tuple[str, ...] = ("SIGKILL", "SIGTERM", "SIGHUP")
+    """What to stop them by."""
     flips: int = 300
     """Bits to flip in a checkpoint, one at a time."""
     cuts: int = 200
@@ -179,9 +181,10 @@ def damage_many(flips: int, cuts: int, generator: random.Random) -> bool:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     generator = random.Random(arguments.seed)
+    # A campaign that is started by nohup must not hand down that SIGHUP is ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     survived = all(
-        stop_many(number, arguments.stops, generator)
-        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+        stop_many(signal.Signals[name], arguments.stops, generator) for name in arguments.signals
     )
     survived &= damage_many(arguments.flips, arguments.cuts, generator)
     print("all survived" if survived else "NOT all survived")
