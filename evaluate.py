@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import transformer_scratch  # noqa: F401 - first: it says which variable PyTorch cannot read
+
+# isort: split
 import torch
 import tyro
 from torch.nn import functional as F

@@ -11,6 +11,9 @@ Read train_minimal.py first: the same loop without options. PyTorch Lightning ru
 import math
 import time
 
+import transformer_scratch  # noqa: F401 - first: it says which variable PyTorch cannot read
+
+# isort: split
 import torch
 import wandb
 from torch import Tensor, nn
