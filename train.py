@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
         progress.start_epoch(epoch + 1)
         run.save(everything)  # [hidden: a checkpoint for resuming]
 
-        summary.print_epoch(bar, row)
+        summary.print_epoch(run, bar, row)
         for index, loss in enumerate(val_losses, start=epoch * len(val_losses)):
             log({"step": progress.step, "val/loss_step": loss, "val/batch": index})
         log({**row, "tokens/s": tokens / seconds})

@@ -55,7 +55,7 @@ def test_its_process_killed_in_the_middle(undisturbed):
     training, end = text.split("exact match  ")
     assert "Traceback" not in training
     # W&B itself complains once more when the interpreter ends.
-    assert "python evaluate.py --run run" in end
+    assert "evaluate.py --run run" in end
     assert fingerprint(Path("run")) == undisturbed(*SMALL, "--max-epochs", "40")
 
 
