@@ -1,6 +1,5 @@
 """Bad input: exit code 2, reason and remedy on stderr, no traceback, no folder left behind."""
 
-import functools
 import os
 import pwd
 import re
@@ -9,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from tqdm import tqdm
 
 import evaluate as evaluate_script
 import train as train_script
-from transformer_scratch import summary
 from transformer_scratch.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -240,14 +237,6 @@ def test_variables_that_pytorch_cannot_read(script, name, variable):
     process = script(name, **{variable: "x"})
     assert process.returncode == 2 and len(process.stderr.splitlines()) == 1, process.stderr
     assert process.stderr.startswith("error: ") and variable in process.stderr
-
-
-@pytest.mark.parametrize("setting", [{"bar_format": "{nope}"}, {"file": "x"}, {"ascii": "1"}])
-def test_a_bar_that_cannot_be_drawn_is_left_out(monkeypatch, capsys, setting):
-    """As the variables TQDM_BAR_FORMAT, TQDM_FILE and TQDM_ASCII set it."""
-    monkeypatch.setattr(summary, "tqdm", functools.partial(tqdm, **setting))
-    train_script.main([*TINY, "--wandb", "disabled", "--max-epochs", "1"])
-    assert "warning: no progress bar" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------- folders

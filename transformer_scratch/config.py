@@ -123,7 +123,7 @@ CHANGEABLE_ON_RESUME = {
 LARGEST = {
     "dim": 10**6,
     "ffn_dim": 10**6,
-    "num_layers": 10**4,
+    "num_layers": 1_000,
     "num_categories": 1_000,
     "seq_len": 10**5,
     "accumulate": 10**6,

@@ -10,7 +10,6 @@ from transformer_scratch.config import Config
 from transformer_scratch.errors import Stopped, when_main_ends
 from transformer_scratch.evaluation import Prediction, exact_match
 from transformer_scratch.model import Transformer
-from transformer_scratch.output import warn_once
 from transformer_scratch.run_folder import RunFolder
 from transformer_scratch.task import Splits
 
@@ -66,19 +65,15 @@ def print_start(
 
 def progress_bar(total: int, done: int, run: RunFolder) -> tqdm:
     """A bar over all updates of the run, with the time left; in a pipe, a line now and then."""
-    try:
-        bar = tqdm(
-            total=total,
-            initial=done,
-            desc="training",
-            unit="step",
-            disable=not run.is_main,
-            mininterval=0.2 if sys.stderr.isatty() else 15.0,
-            dynamic_ncols=True,
-        )
-    except Exception as error:  # tqdm has variables of its own, such as TQDM_BAR_FORMAT
-        warn_once("bar", f"no progress bar ({type(error).__name__}: {error})")
-        bar = tqdm(disable=True)
+    bar = tqdm(
+        total=total,
+        initial=done,
+        desc="training",
+        unit="step",
+        disable=not run.is_main,
+        mininterval=0.2 if sys.stderr.isatty() else 15.0,
+        dynamic_ncols=True,
+    )
     when_main_ends(bar.close)
     return bar
 

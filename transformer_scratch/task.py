@@ -144,5 +144,6 @@ def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
             f"{len(held_out)} training would lack a start, an end or a run length; "
             f"{remedy} to share all pairs"
         )
-    train = [pair for pair in pairs if pair not in set(held_out)]
+    unseen = set(held_out)
+    train = [pair for pair in pairs if pair not in unseen]
     return Splits(train, sorted(held_out[: wanted // 2]), sorted(held_out[wanted // 2 :]))
