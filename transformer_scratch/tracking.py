@@ -109,7 +109,7 @@ def start_wandb(config: Config, run: RunFolder, signals: Signals) -> str:
 
 def open_run(config: Config, run: RunFolder, service: "Service") -> str:
     """wandb.init. -> a line on where to see the run."""
-    if service.is_ours:
+    if service.is_ours and run.is_main and config.wandb != "disabled":
         wandb.setup(wandb.Settings(silent=True))
     mode, reason = "disabled", "the main process does it"
     if run.is_main:
