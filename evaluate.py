@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformer_scratch.batches import BatchSampler, PairDataset, make_loader
 from transformer_scratch.checkpoint import CheckpointError, load_checkpoint, load_first_good
 from transformer_scratch.commands import python_command
-from transformer_scratch.config import config_of_checkpoint
+from transformer_scratch.config import config_of_checkpoint, from_home
 from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.evaluation import Prediction, exact_match, pair_to_show, predict
 from transformer_scratch.hardware import choose_device, choose_threads, keep_freed_memory
@@ -54,11 +54,11 @@ def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
 
     Where best.pt or last.pt is damaged, another good file of the run is taken, with a warning.
     """
-    given = None if arguments.run is None else from_home(arguments.run)
+    given = None if arguments.run is None else Path(from_home(arguments.run, "--run"))
     if given and not given.is_dir():
         raise BadInput(f"--run {given}: no such folder; give a run's, runs/<name>")
     if arguments.checkpoint not in ("best", "last"):
-        file = from_home(arguments.checkpoint)
+        file = Path(from_home(arguments.checkpoint, "--checkpoint"))
         if not file.is_file():
             raise BadInput(
                 f"--checkpoint {file}: no such file; give best, last or a path, "
@@ -78,11 +78,6 @@ def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
         )
     content, file = load_first_good(candidates)
     return content, file, folder
-
-
-def from_home(path: str) -> Path:
-    """~ is the home folder, also where the shell leaves it as it is: --run=~/runs/a."""
-    return Path(os.path.expanduser(path))
 
 
 def epoch_files(folder: Path) -> list[Path]:
@@ -181,8 +176,7 @@ def print_summary(result: dict, task: Task, file: Path) -> None:
 
 
 def save_results(result: dict, file: Path) -> None:
-    """What was printed stands, also where the file cannot be written: the run is somebody else's,
-    or the disk is full."""
+    """Write evaluation.json; a warning where that fails, as in somebody else's run."""
     temporary = file.with_name(f"{file.name}.tmp")
     try:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

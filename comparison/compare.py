@@ -18,7 +18,7 @@ import torch
 
 from comparison.hidden_steps.page import write_page
 from comparison.parity import Parity, compare_runs
-from transformer_scratch.config import load_config
+from transformer_scratch.config import from_home, load_config
 from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.processes import Processes
 from transformer_scratch.run_folder import RUNS
@@ -38,7 +38,7 @@ def new_folder(wanted: str | None) -> Path:
         while folder.exists():
             folder, number = RUNS / f"compare-{number}", number + 1
         return folder.resolve()
-    folder = Path(os.path.expanduser(wanted))
+    folder = Path(from_home(wanted, "--run-dir"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"--run-dir {folder} is not an empty folder; give a new one")
     return folder.resolve()

@@ -42,25 +42,26 @@ def refused(capsys):
 # ------------------------------------------------------------------------------ values of train.py
 
 
+# Flags that take a number from 1 on.
+COUNTS = [
+    "--accumulate",
+    "--batch-size",
+    "--devices",
+    "--dim",
+    "--ffn-dim",
+    "--log-every",
+    "--max-epochs",
+    "--num-categories",
+    "--num-datas",
+    "--num-heads",
+    "--num-layers",
+    "--save-top-k",
+    "--seq-len",
+]
+
+
 @pytest.mark.parametrize("value", ["0", "-3"])
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--accumulate",
-        "--batch-size",
-        "--devices",
-        "--dim",
-        "--ffn-dim",
-        "--log-every",
-        "--max-epochs",
-        "--num-categories",
-        "--num-datas",
-        "--num-heads",
-        "--num-layers",
-        "--save-top-k",
-        "--seq-len",
-    ],
-)
+@pytest.mark.parametrize("flag", COUNTS)
 def test_sizes_start_at_one(refused, flag, value):
     assert f"{flag} {value} must be 1 or more" in refused(flag, value)
 
@@ -95,26 +96,7 @@ def test_values_outside_their_range(refused, flag, value, rule):
 
 @pytest.mark.parametrize("digits", [11, 31, 401])
 @pytest.mark.parametrize(
-    "flag",
-    [
-        "--accumulate",
-        "--batch-size",
-        "--devices",
-        "--dim",
-        "--ffn-dim",
-        "--log-every",
-        "--max-epochs",
-        "--num-categories",
-        "--num-datas",
-        "--num-heads",
-        "--num-layers",
-        "--num-workers",
-        "--save-every",
-        "--save-top-k",
-        "--seed",
-        "--seq-len",
-        "--warmup-steps",
-    ],
+    "flag", [*COUNTS, "--num-workers", "--save-every", "--seed", "--warmup-steps"]
 )
 def test_numbers_too_large_to_compute_with(refused, flag, digits):
     message = refused(flag, "1" + "0" * (digits - 1))

@@ -322,7 +322,7 @@ def test_the_home_folder_of_nobody(flag, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.main([flag, "~no-such-user/run"])
     assert end.value.code == 2
-    assert f"error: {flag} ~no-such-user/run: no such " in capsys.readouterr().err
+    assert f"error: {flag} ~no-such-user/run: there is no such home" in capsys.readouterr().err
 
 
 @pytest.mark.comparison

@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 
 import wandb
 
-from transformer_scratch.commands import shell_command
+from transformer_scratch.commands import path_argument, shell_command, shorter
 from transformer_scratch.config import Config, run_name
 from transformer_scratch.errors import Stopped, exit_code_so_far, when_main_ends
 from transformer_scratch.evaluation import Prediction, pair_to_show, predict
@@ -26,6 +25,7 @@ from transformer_scratch.output import warn_once, warned_of
 from transformer_scratch.run_folder import RunFolder, read_metrics
 from transformer_scratch.signals import Signals
 from transformer_scratch.task import Splits, Task
+from transformer_scratch.wandb_process import Service, synced
 
 # Seconds. How long to wait for W&B when a run has ended, and when a signal has stopped it: whoever
 # sends SIGTERM soon kills.
@@ -63,7 +63,7 @@ def in_background(function: Callable, *arguments: object) -> Future:
 
 
 def ends_in_time(call: Future, seconds: float, signals: Signals, notice: str) -> bool:
-    """Wait for a call in the background. -> whether it ended before the time, or a signal, came.
+    """Wait for a call in the background. -> whether it ended before time was up or a signal came.
 
     notice: what to say when it takes long.
     """
@@ -107,7 +107,7 @@ def start_wandb(config: Config, run: RunFolder, signals: Signals) -> str:
     return started.result() or "off, because it could not be started"
 
 
-def open_run(config: Config, run: RunFolder, service: "Service") -> str:
+def open_run(config: Config, run: RunFolder, service: Service) -> str:
     """wandb.init. -> a line on where to see the run."""
     if service.is_ours and run.is_main and config.wandb != "disabled":
         wandb.setup(wandb.Settings(silent=True))
@@ -153,7 +153,7 @@ def open_run(config: Config, run: RunFolder, service: "Service") -> str:
         wandb.run._public_api()._service_api._timeout = TABLE_TIMEOUT
         line += f"; {wandb.run.url}"
     if mode == "offline":
-        files = quote(files_of_run())
+        files = path_argument(files_of_run())
         line += f"\n             look at it: {shell_command('wandb')} leet {files}"
         line += f"\n             upload it:  {shell_command('wandb')} sync {files}"
     return line
@@ -188,7 +188,7 @@ def unfinished_parts(run: RunFolder) -> list[Path]:
 
 
 def upload(parts: list[Path], folder: Path) -> None:
-    """What is on the disk, before new rows follow it. Raises wandb.Error when that takes long.
+    """Upload what is on the disk, before new rows follow. Raises wandb.Error when it takes long.
 
     folder: where `wandb sync` leaves a log.
     """
@@ -210,11 +210,6 @@ def send_missing_rows(run: RunFolder) -> None:
             wandb.log(row)
 
 
-def synced(file: Path) -> Path:
-    """The empty file by which W&B knows what it need not upload again."""
-    return file.with_name(f"{file.name}.synced")
-
-
 def define_axes(run: wandb.Run) -> None:
     """What the curves are drawn over: updates; for the losses of single batches, batches."""
     run.define_metric("*", step_metric="step")
@@ -227,63 +222,7 @@ def define_axes(run: wandb.Run) -> None:
 
 def files_of_run() -> str:
     """The folder of this run's files, as `wandb sync` takes it."""
-    folder = Path(wandb.run.dir).parent
-    return min(str(folder), os.path.relpath(folder), key=len)
-
-
-class Service:
-    """The process in which W&B talks to its server, unless another program has started it.
-
-    wandb itself ends it only when everything is uploaded, and has no public way to stop waiting.
-    """
-
-    def __init__(self, run: RunFolder):
-        self.is_ours = "WANDB_SERVICE" not in os.environ
-        self.hooks = sys.exit, sys.excepthook  # which wandb replaces
-        self.process: subprocess.Popen | None = None
-        self.files: str | None = None  # the folder of an online run's files
-        # W&B keeps copies of artifacts: in the run's folder, rather than in the user's home.
-        # An absolute path, as its process may have been started in another folder.
-        self.variables = {"WANDB_DATA_DIR", "WANDB_CACHE_DIR"} - os.environ.keys()
-        for variable in self.variables:
-            os.environ[variable] = str(run.path.absolute() / "wandb")
-
-    def start(self) -> None:
-        connection = wandb.setup().ensure_service()
-        self.process = connection._proc._process if self.is_ours else None
-
-    def end(self, exit_code: int) -> bool:
-        """Finish the run, and wait for the uploads. -> whether everything has arrived."""
-        wandb.finish(exit_code)
-        if self.is_ours:
-            wandb.teardown(exit_code)
-        if self.files and self.was_refused():
-            return False
-        if self.files:
-            for file in Path(self.files).glob("*.wandb"):
-                synced(file).touch()
-        return True
-
-    def was_refused(self) -> bool:
-        """Whether the server has refused something for good: only W&B's log says so."""
-        log = Path(self.files, "logs", "debug-internal.log").read_text(encoding="utf-8")
-        return '"api: HTTP error"' in log
-
-    def kill(self) -> None:
-        """End it at once; what was given to it lies on the disk."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            with suppress(Exception):  # it is gone, as wandb will complain
-                wandb.teardown()
-
-    def give_back(self) -> None:
-        """Undo what wandb and start() have changed in this process."""
-        if self.is_ours:
-            sys.exit, sys.excepthook = self.hooks
-            os.environ.pop("WANDB_SERVICE", None)
-        for variable in self.variables:
-            os.environ.pop(variable, None)
+    return shorter(Path(wandb.run.dir).parent)
 
 
 # ----------------------------------------------------------------------------- tables and pictures
@@ -336,7 +275,7 @@ def log_answers(run: RunFolder, step: int, model: Transformer, task: Task, split
 
 
 def upload_weights(file: Path) -> None:
-    """As an artifact; without a copy in W&B's cache, which lies in the user's home."""
+    """As an artifact, of which W&B keeps no copy: the weights are on the disk already."""
     artifact = wandb.Artifact(f"best-{wandb.run.id}", type="model")
     artifact.add_file(str(file), skip_cache=True, policy="immutable")
     wandb.log_artifact(artifact)
@@ -356,10 +295,10 @@ def end_wandb(signals: Signals, service: Service) -> None:
         warned_of.add("W&B")  # what its thread now complains of is said here
         service.kill()
         if service.files:
-            command = f"{shell_command('wandb')} sync --no-skip-online {quote(service.files)}"
+            files = path_argument(service.files)
             print(
-                "warning: W&B has not got everything; metrics.jsonl has all numbers. "
-                f"Upload what lies on the disk with: {command}",
+                "warning: W&B has not got everything; metrics.jsonl has all numbers. Upload what "
+                f"lies on the disk with: {shell_command('wandb')} sync --no-skip-online {files}",
                 file=sys.stderr,
             )
     thread.shutdown(wait=False, cancel_futures=True)

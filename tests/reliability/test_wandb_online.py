@@ -152,6 +152,16 @@ def upload(server: WandbServer, output: str) -> None:
     assert done.exit_code == 0, done.output
 
 
+def check_what_is_uploaded_later(case: Case) -> None:
+    """What the training has printed gives a server that is back all rows, tables and pictures."""
+    case.server.mode = "healthy"
+    upload(case.server, case.seen.output)
+    assert list(case.server.runs) == [run_id()]
+    run = case.server.runs[run_id()]
+    check_numbers(run)
+    check_media(run)
+
+
 # ------------------------------------------------------------------- from the middle of a training
 
 
@@ -184,12 +194,7 @@ def test_an_outage_costs_no_update_and_the_rest_can_be_uploaded(outages, alone, 
 
     assert training_seconds(case.seen) <= training_seconds(alone[0]) + 20
     assert case.seen.seconds_to_the_end <= 75
-    case.server.mode = "healthy"
-    upload(case.server, case.seen.output)
-    assert list(case.server.runs) == [run_id()]
-    run = case.server.runs[run_id()]
-    check_numbers(run)
-    check_media(run)
+    check_what_is_uploaded_later(case)
 
 
 @pytest.fixture(scope="module")
@@ -288,12 +293,7 @@ def test_a_server_that_fails_from_the_start_gets_the_same_run_later(
     assert waited <= 40, "20 seconds, and some to start three programs and W&B twice"
     [line] = [line for _, line in case.seen.lines if line.startswith("wandb  ")]
     assert "offline (W&B did not answer" in line
-    case.server.mode = "healthy"
-    upload(case.server, case.seen.output)
-    assert list(case.server.runs) == [run_id()]
-    run = case.server.runs[run_id()]
-    check_numbers(run)
-    check_media(run)
+    check_what_is_uploaded_later(case)
 
 
 def test_offline_and_then_uploaded(server, alone):
