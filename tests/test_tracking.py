@@ -1,4 +1,7 @@
-"""W&B: what an offline run holds; nothing asks for a login; a dead logger stops no training."""
+"""W&B: what an offline run holds; nothing asks for a login; a dead logger stops no training.
+
+The run itself is among the long tests: what it holds arrives online, too, in test_wandb_online.py.
+"""
 
 import json
 import os
@@ -77,6 +80,7 @@ def offline(tmp_path_factory) -> SimpleNamespace:
     )
 
 
+@pytest.mark.slow
 def test_without_a_key_it_runs_offline_and_says_how_to_look(offline):
     assert offline.exit_code == 0
     lines = offline.output.split("\r\n")
@@ -87,6 +91,7 @@ def test_without_a_key_it_runs_offline_and_says_how_to_look(offline):
     assert re.fullmatch(rf"upload it:  \S*wandb sync {where}", lines[index + 2].strip())
 
 
+@pytest.mark.slow
 def test_project_name_tags_and_settings(offline):
     (run,) = offline.records["run"]
     assert (run["project"], run["display_name"]) == ("lab", "sn-data-320-head1-dim16-lr0.00178")
@@ -96,11 +101,13 @@ def test_project_name_tags_and_settings(offline):
     assert settings.items() >= saved.items(), "all settings, so that runs can be filtered by any"
 
 
+@pytest.mark.slow
 def test_the_code_is_saved(offline):
     saved = offline.tracked / "files/code/train.py"
     assert saved.read_bytes() == (offline.folder / "train.py").read_bytes()
 
 
+@pytest.mark.slow
 def test_losses_of_every_split_per_step_and_per_epoch(offline):
     history = [row["item"] for row in offline.records["history"]]
     rows = read_metrics(offline.folder / "run")
@@ -124,6 +131,7 @@ def test_losses_of_every_split_per_step_and_per_epoch(offline):
         assert len(losses) == count
 
 
+@pytest.mark.slow
 def test_the_end_is_announced(offline):
     (alert,) = offline.records["alert"]
     exact = read_metrics(offline.folder / "run")[-1]["test/exact_match"]
