@@ -1,14 +1,18 @@
-"""Evaluate a trained run: let the model answer every pair by itself, and count the right answers.
+"""Evaluate a trained run: let the model answer by itself, and count the right answers.
 
 python evaluate.py                  the newest run's best weights, and a pair it has never seen
 python evaluate.py --pair 8 4       a pair of your choice
+python evaluate.py --source "8 4"   only answer; --source - reads questions from standard input
+python evaluate.py --beam 5         follow the five likeliest answers at once
 python evaluate.py --run runs/<name> --checkpoint last
 """
 
+import itertools
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +29,27 @@ from transformer_scratch.batches import BatchSampler, PairDataset, make_loader
 from transformer_scratch.checkpoint import CheckpointError, load_checkpoint, load_first_good
 from transformer_scratch.commands import python_command
 from transformer_scratch.config import config_of_checkpoint, from_home
+from transformer_scratch.digits import Digits
 from transformer_scratch.errors import BadInput, exits_cleanly
-from transformer_scratch.evaluation import Prediction, exact_match, pair_to_show, predict
+from transformer_scratch.evaluation import (
+    Prediction,
+    exact_match,
+    example_to_show,
+    predict,
+    token_error_rate,
+)
 from transformer_scratch.hardware import choose_device, choose_threads, keep_freed_memory
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import newest_run, read_metrics
-from transformer_scratch.task import Pair, Splits, Task, split_pairs
+from transformer_scratch.task import Pair, Task
+from transformer_scratch.task_of_run import load_task
+
+ANSWERS_AT_ONCE, MOST_BEAMS = 1_000, 1_000
 
 
 @dataclass
 class Arguments:
-    """Let a trained model answer every pair: print one in full, count the exact answers."""
+    """Let a trained model answer: print one pair in full, count the exact answers."""
 
     run: str | None = None
     """Folder of the run. None: the newest in runs/."""
@@ -43,6 +57,12 @@ class Arguments:
     """best (lowest validation loss), last, or the path of a checkpoint file."""
     pair: tuple[int, ...] = ()
     """The two digits to print in full: --pair 8 4. Not given: the first longer test pair."""
+    source: tuple[str, ...] = ()
+    """Only answer these: --source transformer attention. - reads one a line from standard input."""
+    beam: int = 1
+    """Answers to follow at once (beam search, section 6.1). 1 = greedy: the likeliest token."""
+    length_penalty: float = 0.6
+    """How much a beam favours long answers: score = log probability / ((5 + length) / 6)^this."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     pictures: bool = True
@@ -109,70 +129,103 @@ def mean_loss(model: Transformer, dataset: PairDataset, device: torch.device) ->
     return loss_sum / num_tokens
 
 
+def chosen_pair(arguments: Arguments, task: Task) -> Pair:
+    """The pair to print in full: --pair, or one of the test's. Raises BadInput."""
+    if not arguments.pair:
+        return example_to_show(task, task.splits.test)
+    if not isinstance(task, Digits):
+        raise BadInput("--pair is for digits; this run was trained on a file: ask with --source")
+    if len(arguments.pair) != 2:
+        raise BadInput("--pair takes two digits, for example --pair 8 4")
+    return task.question(" ".join(map(str, arguments.pair)))
+
+
+def questions(arguments: Arguments, task: Task) -> Iterator[Pair]:
+    """The sources to answer. Raises BadInput where the task has no such one."""
+    if arguments.source != ("-",):
+        yield from map(task.question, arguments.source)
+        return
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise BadInput(f"--source -: line {number} is not UTF-8") from None
+        if text:
+            yield task.question(text)
+
+
 def print_article_block(task: Task, prediction: Prediction) -> None:
-    """One pair the way the article shows it."""
-    y = task.encode_target(prediction.pair)
-    decoded = task.pad(prediction.tokens)[: task.max_target_len]
-    print(f"x           : [{task.encode_source(prediction.pair)}]")
-    print(
-        f"dec_input   : [{[task.start_id, *decoded[:-1]]}]"
-    )  # what the decoder was fed: its own answer
-    print(f"target      : [{y[1:]}]")
+    """One pair the way the article shows it: all sequences padded to the same length."""
+
+    def padded(ids: list[int], length: int) -> list[int]:
+        return (ids + [task.pad_id] * length)[:length]
+
+    length = task.max_target_len
+    decoded = padded(prediction.tokens, length)
+    print(f"x           : [{padded(task.encode_source(prediction.pair), task.seq_len)}]")
+    # What the decoder was fed: its own answer.
+    print(f"dec_input   : [{[task.start_id, *decoded[:-1]]}]")
+    print(f"target      : [{padded(task.encode_target(prediction.pair)[1:], length)}]")
     print(f"prediction  : [{decoded}]")
-    print(f"accuracy    : {prediction.token_matches / len(prediction.target):.4g}")
+    print(f"accuracy    : {prediction.token_matches / len(prediction.nearest):.4g}")
     print(f"chance rate : {1 / task.vocab_size:.4g}")
 
 
-def results(predictions: dict[Pair, Prediction], splits: Splits, loss: float) -> dict:
+def results(predictions: dict[Pair, Prediction], task: Task, loss: float, beam: int) -> dict:
     """What evaluation.json holds."""
 
-    def share_exact(pairs: list[Pair]) -> float:
-        return exact_match([predictions[pair] for pair in pairs])
+    def share_exact(pairs: list[Pair]) -> float | None:
+        return exact_match([predictions[pair] for pair in pairs]) if pairs else None
 
-    seen = set(splits.train)
-    unseen = [pair for pair in predictions if pair not in seen]
+    seen = [pair for pair in predictions if task.was_trained(pair)]
+    unseen = [pair for pair in predictions if not task.was_trained(pair)]
+    answers = predictions.values()
     return {
-        "exact_match_seen": share_exact(splits.train),
-        "exact_match_unseen": share_exact(unseen) if unseen else None,
-        "exact_match_val": share_exact(splits.val),
-        "exact_match_test": share_exact(splits.test),
-        "token_accuracy": sum(p.token_matches for p in predictions.values())
-        / sum(len(p.target) for p in predictions.values()),
+        "beam": beam,
+        "exact_match_seen": share_exact(seen),
+        "exact_match_unseen": share_exact(unseen),
+        "exact_match_val": share_exact(task.splits.val),
+        "exact_match_test": share_exact(task.splits.test),
+        "token_accuracy": sum(p.token_matches for p in answers)
+        / sum(len(p.nearest) for p in answers),
+        "token_error_rate": token_error_rate([predictions[pair] for pair in task.splits.test]),
         "loss": loss,
         "num_seen": len(seen),
         "num_unseen": len(unseen),
         "predictions": [
-            {
-                "pair": list(pair),
-                "prediction": [token for token in p.tokens if token != p.target[-1]],
-                "exact": p.exact,
-                "seen": pair in seen,
-            }
+            {**task.record(pair, p.tokens), "exact": p.exact, "seen": task.was_trained(pair)}
             for pair, p in predictions.items()
         ],
     }
 
 
-def print_summary(result: dict, task: Task, file: Path) -> None:
+def print_summary(
+    result: dict, task: Task, predictions: dict[Pair, Prediction], file: Path
+) -> None:
     print(f"\ncheckpoint      {file}")
-    print(f"trained pairs   {result['exact_match_seen']:.1%} exact, of {result['num_seen']}")
+    decoding = "greedy" if result["beam"] == 1 else f"a beam of {result['beam']}"
+    print(f"decoding        {decoding}")
+    print(f"trained         {result['exact_match_seen']:.1%} exact, of {result['num_seen']:,}")
     if result["num_unseen"]:
         print(
-            f"unseen pairs    {result['exact_match_unseen']:.1%} exact, of {result['num_unseen']} "
-            f"(validation {result['exact_match_val']:.1%}, test {result['exact_match_test']:.1%})"
+            f"unseen          {result['exact_match_unseen']:.1%} exact, of "
+            f"{result['num_unseen']:,} (validation {result['exact_match_val']:.1%}, "
+            f"test {result['exact_match_test']:.1%})"
         )
     else:
-        print("unseen pairs    none: this run trained on every pair (--holdout 0)")
+        print("unseen          none: this run trained on all (--holdout 0)")
+    print(f"test            {result['token_error_rate']:.2%} of the tokens would have to be edited")
     tokens = f"{result['token_accuracy']:.1%} of the tokens right"
-    print(f"all pairs       {tokens}, loss {result['loss']:.4f}")
-    wrong = [row for row in result["predictions"] if not row["exact"]]
-    for row in wrong[:20]:
-        kind = "trained" if row["seen"] else "unseen"
-        ids = (row["pair"], row["prediction"], task.answer(row["pair"]))
-        pair, said, right = (" ".join(map(str, sequence)) for sequence in ids)
-        print(f"wrong           {pair} -> {said} ({kind}; right: {right})")
+    print(f"all             {tokens}, loss {result['loss']:.4f}")
+    wrong = [answer for answer in predictions.values() if not answer.exact]
+    for answer in wrong[:20]:
+        kind = "trained" if task.was_trained(answer.pair) else "unseen"
+        said = f"{task.source_text(answer.pair)} -> {task.text(answer.tokens)}"
+        print(
+            f"wrong           {said} ({kind}; right: {' or '.join(task.target_texts(answer.pair))})"
+        )
     if len(wrong) > 20:
-        print(f"                ... and {len(wrong) - 20} more")
+        print(f"                ... and {len(wrong) - 20:,} more")
 
 
 def save_results(result: dict, file: Path) -> None:
@@ -193,37 +246,42 @@ def save_results(result: dict, file: Path) -> None:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=arguments)
+    if not 1 <= arguments.beam <= MOST_BEAMS:
+        raise BadInput(f"--beam {arguments.beam} must be from 1 to {MOST_BEAMS}")
+    if not 0 <= arguments.length_penalty <= 10:
+        raise BadInput(f"--length-penalty {arguments.length_penalty} must be from 0 to 10")
     content, file, folder = load_run(arguments)
     config = config_of_checkpoint(content, file)
     device, _ = choose_device(arguments.accelerator)
     choose_threads(config.dim, config.batch_size)
     keep_freed_memory()
-    task = Task.from_config(config)
-    splits = split_pairs(task, config.holdout, config.seed)
-    pair = arguments.pair or pair_to_show(task, splits.test)
-    if len(pair) != 2:
-        raise BadInput("--pair takes two digits, for example --pair 8 4")
-    if not all(0 <= digit < task.num_categories for digit in pair):
-        raise BadInput(
-            f"--pair {pair[0]} {pair[1]}: this run knows the digits 0 to {task.num_categories - 1}"
-        )
+    task = load_task(config, content, folder)
+    example = chosen_pair(arguments, task)
 
     model = Transformer.from_config(config, task).to(device)
-    model.load_state_dict(content["model"])
+    # Where the weights are averaged, last.pt holds both; best.pt holds those that were judged.
+    model.load_state_dict(content.get("averaged") or content["model"])
     model.eval()
+    decoding = {"beam": arguments.beam, "length_penalty": arguments.length_penalty}
 
-    predictions = {
-        prediction.pair: prediction for prediction in predict(model, task, task.all_pairs())
-    }
-    result = results(
-        predictions, splits, mean_loss(model, PairDataset(task, task.all_pairs()), device)
-    )
-    print_article_block(task, predictions[pair])
-    print(
-        f"({pair[0]} {pair[1]} was {'trained' if pair in splits.train else 'never trained'}; "
-        f"{task.start_id} starts, {task.end_id} ends, {task.pad_id} pads)"
-    )
-    print_summary(result, task, file)
+    if arguments.source:
+        pairs = questions(arguments, task)
+        while chunk := list(itertools.islice(pairs, ANSWERS_AT_ONCE)):
+            for answer in predict(model, task, chunk, **decoding):
+                print(f"{task.source_text(answer.pair)}\t{task.text(answer.tokens)}")
+        return
+
+    pairs = task.splits.every()
+    answers = predict(model, task, pairs, **decoding)
+    predictions = dict(zip(pairs, answers, strict=True))
+    loss = mean_loss(model, PairDataset(task, task.every_line()), device)
+    result = results(predictions, task, loss, arguments.beam)
+    print_article_block(task, predictions[example])
+    said = f"{task.source_text(example)} -> {task.text(predictions[example].tokens)}"
+    trained = "trained" if task.was_trained(example) else "never trained"
+    ids = f"{task.start_id} starts, {task.end_id} ends, {task.pad_id} pads"
+    print(f"({said}, which was {trained}; {ids})")
+    print_summary(result, task, predictions, file)
     save_results(result, folder / "evaluation.json")
     if not arguments.pictures:
         return
@@ -232,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # matplotlib is not installed, or broken
         print(f"warning: no pictures: {type(error).__name__}: {error}", file=sys.stderr)
         return
-    drawings = draw_run(model, task, splits, predictions, pair)
+    drawings = draw_run(model, task, answers, example)
     drawings |= draw_training(folder, task.vocab_size, config.clip_norm)
     if pictures := save_pictures(drawings, folder / "pictures"):
         print(f"pictures        {', '.join(picture.name for picture in pictures)}")

@@ -8,6 +8,7 @@ Read train_minimal.py first: the same loop without options. PyTorch Lightning ru
 [hidden: ...] out of sight; comparison/README.md explains each of them under its tag.
 """
 
+import copy
 import math
 import time
 
@@ -35,20 +36,30 @@ from transformer_scratch.hardware import (
     keep_freed_memory,
 )
 from transformer_scratch.model import Transformer
-from transformer_scratch.optimizer import make_optimizer, make_schedule
+from transformer_scratch.optimizer import average_weights, make_optimizer, make_schedule
 from transformer_scratch.processes import start_processes
 from transformer_scratch.progress import Progress
 from transformer_scratch.random_state import RandomState, seed_everything
 from transformer_scratch.run_folder import RunFolder
 from transformer_scratch.signals import Signals
-from transformer_scratch.task import Task, split_pairs
+from transformer_scratch.task import MOST_ANSWERS
 from transformer_scratch.tracking import in_background, log_results, log_table, start_wandb
 
 
-def token_loss(network: nn.Module, batch: Batch, pad_id: int) -> Tensor:
-    """The mean cross-entropy over the target tokens of a batch, without padding. -> scalar."""
+def token_loss(
+    network: nn.Module, batch: Batch, pad_id: int, label_smoothing: float = 0.0
+) -> Tensor:
+    """The mean cross-entropy over the target tokens of a batch, without padding. -> scalar.
+
+    label_smoothing: the share of a token's probability that is spread over all (section 5.4).
+    """
     logits = network(batch.source, batch.decoder_input, batch.source_is_padded)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=pad_id)
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        batch.target.flatten(),
+        ignore_index=pad_id,
+        label_smoothing=label_smoothing,
+    )
 
 
 @torch.inference_mode()  # [hidden: no gradients outside training]
@@ -75,10 +86,10 @@ def log(row: dict) -> None:
 def main(arguments: list[str] | None = None) -> None:
     # ------------------------------------------------------------------------------- 1. Settings
 
-    # What the flags leave open is chosen by size or hardware; the reasons are printed below. Memory
-    # that one step frees is kept for the next: taking it from the system again costs time.
+    # What the flags leave open is chosen by task, size or hardware; the reasons are printed below.
+    # Memory that one step frees is kept for the next: taking it from the system again costs time.
     processes = start_processes()
-    config, reasons, checkpoint = load_config(arguments, processes)
+    config, task, reasons, checkpoint = load_config(arguments, processes)
     device, _ = choose_device(config.accelerator, processes.local_rank)
     reasons["threads"] = choose_threads(config.dim, config.batch_size)
     keep_freed_memory()
@@ -92,9 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------- 2. Data
 
     # Pairs held out of training show whether the model has learned the rule or only the examples.
-    task = Task.from_config(config)
-    splits = split_pairs(task, config.holdout, config.seed)
-    train_loader, val_loader, test_loader = make_loaders(config, task, splits, processes, device)
+    splits = task.splits
+    train_loader, val_loader, test_loader = make_loaders(config, task, processes, device)
 
     # ------------------------------------------------------------ 3. Model, optimizer, precision
 
@@ -103,7 +113,12 @@ def main(arguments: list[str] | None = None) -> None:
     model = Transformer.from_config(config, task)
     model.to(device)  # [hidden: model to the device]
     optimizer = make_optimizer(model, config.lr, config.weight_decay, fused=config.amp != "fp16")
-    scheduler = make_schedule(optimizer, config.warmup_steps)
+    scheduler = make_schedule(optimizer, config.warmup_steps, config.schedule)
+
+    # Weights jump about from update to update; their average answers better. It is not trained,
+    # only judged: validated, tested and kept as the best.
+    averaged = copy.deepcopy(model) if config.average else None
+    judged = averaged or model
 
     # torch.amp with device "cuda" replaces torch.cuda.amp, deprecated since PyTorch 2.4. Small fp16
     # gradients would become zero: the scaler multiplies the loss before the backward pass and
@@ -130,7 +145,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Everything the next update depends on; this is what a checkpoint holds.
     progress = Progress(device)
     everything = {
+        "task": task,
         "model": model,
+        "averaged": averaged,
         "optimizer": optimizer,
         "scheduler": scheduler,
         "scaler": scaler,
@@ -145,10 +162,11 @@ def main(arguments: list[str] | None = None) -> None:
         run.restore(everything, checkpoint)
     else:
         # Saved before the first update, so that a run can be resumed whatever happens to it.
+        run.keep_pairs(task)
         run.save(everything)
 
     where_to_look = start_wandb(config, run, signals)
-    summary.print_start(config, reasons, model, splits, run, where_to_look)
+    summary.print_start(config, reasons, model, task, run, where_to_look)
     batches_per_epoch = len(train_loader.sampler)
     updates_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
     bar = summary.progress_bar(config.max_epochs * updates_per_epoch, progress.step, run)
@@ -191,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
             # The forward pass computes in half precision where that is safe. Backward adds to the
             # gradients that are there, so several batches can make up one update.
             with autocast:  # [hidden: autocast]
-                loss = token_loss(network, batch, task.pad_id)
+                loss = token_loss(network, batch, task.pad_id, config.label_smoothing)
             scaler.scale(loss * weight).backward()  # [hidden: backward]
 
             # What is reported is the plain mean over the update's tokens. This batch's share of
@@ -218,6 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
             lr = scheduler.get_last_lr()[0]  # the one that this update used
             if not skipped:
                 scheduler.step()  # [hidden: schedule]
+            if averaged and not skipped:
+                updates = scheduler.last_epoch  # PyTorch's name for the updates done
+                average_weights(averaged, model, config.average, updates)  # [hidden: averaging]
             optimizer.zero_grad()  # [hidden: zero_grad]
 
             # Loss and norm stay on the device for now: reading them would wait for it. A step is an
@@ -250,21 +271,22 @@ def main(arguments: list[str] | None = None) -> None:
         # answers right when it has to go on from its own tokens.
         seconds = time.perf_counter() - started_at
         tokens = (progress.epoch_tokens - tokens_before) * processes.world_size
-        model.eval()  # [hidden: eval mode]
+        judged.eval()  # [hidden: eval mode]
         row = {"step": progress.step, "epoch": epoch}
         total, count = progress.epoch_loss, progress.epoch_tokens
         row["train/loss_epoch"] = processes.mean(total, count)  # [hidden: epoch mean]
-        loss_sum, num_tokens, val_losses = evaluate(model, val_loader, autocast, device)
+        loss_sum, num_tokens, val_losses = evaluate(judged, val_loader, autocast, device)
         row["val/loss_epoch"] = processes.mean(loss_sum, num_tokens)  # [hidden: validation]
         with autocast:
-            answers = predict(model, task, splits.val)
+            answers = predict(judged, task, splits.val[:MOST_ANSWERS])
         row["val/exact_match"] = exact_match(answers)
         run.write(row)
 
         # The weights of the best epochs are kept, and the state for resuming with the next one.
         ranking = sorted([*progress.ranking, [row["val/loss_epoch"], epoch]])
         progress.ranking = ranking[: config.save_top_k]  # [hidden: the best k]
-        run.save_best(progress.ranking, epoch, step=progress.step, model=model.state_dict())
+        weights = {"model": judged.state_dict(), "task": task.state_dict()}
+        run.save_best(progress.ranking, epoch, step=progress.step, **weights)
         progress.start_epoch(epoch + 1)
         run.save(everything)  # [hidden: a checkpoint for resuming]
 
@@ -272,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
         for index, loss in enumerate(val_losses, start=epoch * len(val_losses)):
             log({"step": progress.step, "val/loss_step": loss, "val/batch": index})
         log({**row, "tokens/s": tokens / seconds})
-        log_table(progress.step, "val/answers", answers, splits)
+        log_table(progress.step, "val/answers", answers, task)
         if stop_signal := signals.exchange():
             raise summary.stopped(stop_signal, run, progress.step)
 
@@ -281,13 +303,13 @@ def main(arguments: list[str] | None = None) -> None:
     # Test the weights one would use: those with the best validation loss.
     bar.close()
     best = run.load_best(progress.ranking)
-    model.load_state_dict(best["model"])  # [hidden: the best weights, not the last]
-    model.eval()
-    loss_sum, num_tokens, test_losses = evaluate(model, test_loader, autocast, device)
+    judged.load_state_dict(best["model"])  # [hidden: the best weights, not the last]
+    judged.eval()
+    loss_sum, num_tokens, test_losses = evaluate(judged, test_loader, autocast, device)
     with autocast:
         answers = {
-            "trained": predict(model, task, splits.train),
-            "test": predict(model, task, splits.test),
+            "trained": predict(judged, task, splits.train),
+            "test": predict(judged, task, splits.test),
         }
     if stop_signal := signals.exchange():
         raise summary.stopped(stop_signal, run, progress.step)
@@ -299,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     summary.print_end(run, row, answers)
     for index, loss in enumerate(test_losses):
         log({"step": progress.step, "test/loss_step": loss, "test/batch": index})
-    log_results(run, row, model, task, splits)
+    log_results(run, row, judged, task)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,16 @@
     python train_minimal.py
 
 It computes the same numbers, bit for bit, as:
-    python train.py --clip-norm 0 --warmup-steps 0 --amp off --accelerator cpu
+    python train.py --clip-norm 0 --warmup-steps 0 --average 0 --amp off --accelerator cpu
 """
 
 import torch
 from torch.nn import functional as F
 
-from transformer_scratch.batches import Batch, BatchSampler, make_datasets, make_loader
+from transformer_scratch.batches import Batch, BatchSampler, make_loader
+from transformer_scratch.digits import Digits
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Task, split_pairs
 
 SEED = 42
 DIM, NUM_HEADS, NUM_LAYERS, DROPOUT = 32, 1, 6, 0.1
@@ -32,9 +32,8 @@ def main() -> tuple[Transformer, list[float]]:
     torch.set_num_threads(1)  # as train.py does for a model of this size: same sums, same bits
     torch.manual_seed(SEED)
 
-    task = Task()
-    splits = split_pairs(task, holdout=0.2, seed=SEED)
-    train_data, val_data, _ = make_datasets(task, splits, NUM_DATAS, SEED)
+    task = Digits(num_datas=NUM_DATAS, seed=SEED)
+    train_data, val_data, _ = task.datasets()
     train_loader = make_loader(BatchSampler(train_data, BATCH_SIZE, shuffle=True, seed=SEED))
     val_loader = make_loader(BatchSampler(val_data, BATCH_SIZE))
 
@@ -65,7 +64,7 @@ def main() -> tuple[Transformer, list[float]]:
             for batch in val_loader:
                 loss_sum += token_loss(model, batch) * batch.num_tokens
                 num_tokens += batch.num_tokens
-        exact = exact_match(predict(model, task, splits.val))
+        exact = exact_match(predict(model, task, task.splits.val))
         print(f"epoch {epoch}: loss {loss_sum / num_tokens:.4f}, {exact:.0%} of unseen pairs exact")
 
     return model, losses

@@ -26,10 +26,10 @@ from benchmarks.lib.measure import (
 )
 from transformer_scratch.batches import PairDataset
 from transformer_scratch.decoding import greedy_decode
+from transformer_scratch.digits import Digits
 from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.hardware import keep_freed_memory
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Task
 
 NEVER = -1  # an end token that no model writes
 ARTICLE = "article, fixed length"
@@ -67,7 +67,7 @@ def seconds_without_cache(
 
 def ways_to_decode(options: Arguments, length: int) -> dict[str, Callable[[], object]]:
     """The time of the encoder counts for the way with the cache only."""
-    task = Task()
+    task = Digits()
     padded = PairDataset(task, task.all_pairs()).source  # (100, seq_len)
     source = padded[:, :4]  # start, two digits, end
     sizes = (task.vocab_size, options.dim, options.num_heads, options.num_layers)

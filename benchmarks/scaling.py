@@ -32,14 +32,13 @@ from train import token_loss
 from transformer_scratch.batches import (
     UPDATES_PER_WINDOW,
     BatchSampler,
-    make_datasets,
     make_loader,
 )
+from transformer_scratch.digits import Digits, make_datasets, split_pairs
 from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.hardware import keep_freed_memory
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer
-from transformer_scratch.task import Task, split_pairs
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def train_an_epoch(rank: int, point: Point, windows: int, num_threads: int, fold
     make_optimizer(nn.Linear(1, 1), 1.0, 0.0)  # the first one loads a part of PyTorch
     before = peak_memory()
     torch.manual_seed(0)
-    task = Task(point.digits, point.digits + 6)
+    task = Digits(point.digits, point.digits + 6)
     splits = split_pairs(task, holdout=0.2, seed=42)
     updates = windows * UPDATES_PER_WINDOW
     data = make_datasets(task, splits, point.batch * world_size * updates, seed=42)[0]

@@ -70,6 +70,7 @@ def compare_runs(plain: Path, lightning: Path) -> Parity:
         skipped=tuple(column.count(True) for column in both("skipped")),
         weights_equal=same(dict(ours["model"]), dict(theirs["model"])),
         others={
+            "averaged weights": same(ours["averaged"], theirs["averaged"]),
             "gradient norms": same(*both("grad_norm")),
             "learning rates": same(*both("lr")),
             "skipped updates": same(*both("skipped")),

@@ -12,6 +12,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from transformer_scratch.batches import Batch
+from transformer_scratch.optimizer import average_weights
 from transformer_scratch.random_state import seed_everything
 
 
@@ -67,6 +68,22 @@ class ClipsAndKeepsTheNorm:
         self.log("grad_norm", self.grad_norm)
 
 
+class AveragesWeights:
+    """The weights' moving average, in the paper's place: it is validated, tested and kept as best.
+
+    Lightning has a callback for it, EMAWeightAveraging. Its decay is the same from the first update
+    on, and it puts the last weights back before the exact match is counted.
+    """
+
+    updates_averaged = 0
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        schedule = self.lr_schedulers()
+        if self.averaged and schedule.last_epoch > self.updates_averaged:
+            self.updates_averaged = schedule.last_epoch
+            average_weights(self.averaged, self.model, self.config.average, self.updates_averaged)
+
+
 class OneSeedForEachProcess:
     """Dropout differs between processes.
 
@@ -97,6 +114,7 @@ HOOKS = (
     TokenWeightedUpdates,
     ScheduleWaitsForSkippedUpdates,
     ClipsAndKeepsTheNorm,
+    AveragesWeights,
     OneSeedForEachProcess,
     EpochMeansOverProcesses,
 )

@@ -65,6 +65,7 @@ class Recorder(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         state = {
             "model": module.model.state_dict(),
+            "averaged": module.averaged.state_dict() if module.averaged else None,
             "optimizer": trainer.optimizers[0].state_dict(),
             "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else {},

@@ -7,6 +7,7 @@ differs is who runs the loop: here it is trainer.fit. Where Lightning would comp
 than train.py, parity_hooks.py makes it compute the same, with one class for each difference.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,16 +37,18 @@ from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.processes import start_processes
 from transformer_scratch.run_folder import RUNS
-from transformer_scratch.task import Splits, Task, split_pairs
+from transformer_scratch.task import MOST_ANSWERS, Pair, Task
 from transformer_scratch.tracking import choose_mode, define_axes, settings_of_run
 
 
 class LitTransformer(pl.LightningModule):
-    def __init__(self, config: Config, task: Task, splits: Splits):
+    def __init__(self, config: Config, task: Task):
         super().__init__()
         self.save_hyperparameters(asdict(config))  # without it the W&B run has no configuration
-        self.config, self.task, self.splits = config, task, splits
+        self.config, self.task = config, task
         self.model = Transformer.from_config(config, task)
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if config.average else None
+        self.judged = [self.averaged or self.model]  # in a list: not a second part of this module
         if config.compile:
             compile_model(self.model)
 
@@ -53,16 +56,20 @@ class LitTransformer(pl.LightningModule):
         optimizer = make_optimizer(
             self.model, self.config.lr, self.config.weight_decay, fused=self.config.amp != "fp16"
         )
-        schedule = make_schedule(optimizer, self.config.warmup_steps)
+        schedule = make_schedule(optimizer, self.config.warmup_steps, self.config.schedule)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
 
-    def token_loss(self, batch: Batch) -> Tensor:
-        logits = self.model(batch.source, batch.decoder_input, batch.source_is_padded)  # (B, T, V)
-        target = batch.target.flatten()
-        return F.cross_entropy(logits.flatten(0, 1), target, ignore_index=self.task.pad_id)
+    def token_loss(self, model: Transformer, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        logits = model(batch.source, batch.decoder_input, batch.source_is_padded)  # (B, T, V)
+        return F.cross_entropy(
+            logits.flatten(0, 1),
+            batch.target.flatten(),
+            ignore_index=self.task.pad_id,
+            label_smoothing=label_smoothing,
+        )
 
     def weight(self, batch: Batch) -> float:
         """Of a batch's mean loss in an update, so that every token of the epoch counts the same."""
@@ -72,16 +79,16 @@ class LitTransformer(pl.LightningModule):
     # It divides the loss by accumulate_grad_batches, scales it, runs backward, unscales and clips;
     # then come optimizer, scaler and schedule. train.py has a line for each.
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        loss = self.token_loss(batch)
+        loss = self.token_loss(self.model, batch, self.config.label_smoothing)
         self.log_loss("train", loss, batch, prog_bar=True)
         return {"loss": loss * self.weight(batch), "token_loss": loss.detach()}
 
     # Before these steps Lightning switches to eval mode and gradients off, and back after them.
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log_loss("val", self.token_loss(batch), batch)
+        self.log_loss("val", self.token_loss(self.judged[0], batch), batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log_loss("test", self.token_loss(batch), batch)
+        self.log_loss("test", self.token_loss(self.judged[0], batch), batch)
 
     def log_loss(self, split: str, loss: Tensor, batch: Batch, prog_bar: bool = False) -> None:
         """One call, two curves: <split>/loss_step, and <split>/loss_epoch, their weighted mean."""
@@ -96,15 +103,15 @@ class LitTransformer(pl.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        self.log_exact_match("val", self.splits.val)
+        self.log_exact_match("val", self.task.splits.val[:MOST_ANSWERS])
 
     def on_test_epoch_end(self) -> None:
-        self.log_exact_match("test", self.splits.test)
+        self.log_exact_match("test", self.task.splits.test)
 
-    def log_exact_match(self, split: str, pairs: list) -> None:
+    def log_exact_match(self, split: str, pairs: list[Pair]) -> None:
         # Lightning lays autocast around the steps, and around nothing else.
         with self.trainer.precision_plugin.forward_context():
-            share = exact_match(predict(self.model, self.task, pairs))
+            share = exact_match(predict(self.judged[0], self.task, pairs))
         # In float64, because Lightning turns a plain number into float32.
         self.log(f"{split}/exact_match", torch.tensor(share, dtype=torch.float64))
 
@@ -133,7 +140,7 @@ def main(
 ) -> Path:
     """Train and test. -> the run's folder. hooks, callbacks: what tests leave out or put in."""
     processes = start_processes()
-    config, _, checkpoint = load_config(arguments, processes)
+    config, task, _, checkpoint = load_config(arguments, processes)
     if checkpoint:
         raise BadInput("--resume: the comparison trains from the start; leave it out")
     device, _ = choose_device(config.accelerator, processes.local_rank)
@@ -141,12 +148,10 @@ def main(
     keep_freed_memory()
     pl.seed_everything(config.seed)
 
-    task = Task.from_config(config)
-    splits = split_pairs(task, config.holdout, config.seed)
-    train_loader, val_loader, test_loader = make_loaders(config, task, splits, processes, device)
+    train_loader, val_loader, test_loader = make_loaders(config, task, processes, device)
     allow_tf32()
 
-    module = with_hooks(LitTransformer, hooks)(config, task, splits)
+    module = with_hooks(LitTransformer, hooks)(config, task)
     folder = Path(config.run_dir or RUNS / f"{run_name(config)}-lightning")
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(folder, processes)

@@ -8,12 +8,12 @@ import torch
 
 import train
 from exercises.loop import train_epoch
-from transformer_scratch.batches import BatchSampler, make_datasets, make_loader
+from transformer_scratch.batches import BatchSampler, make_loader
+from transformer_scratch.digits import Digits, make_datasets, split_pairs
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.random_state import seed_everything
 from transformer_scratch.run_folder import read_metrics
-from transformer_scratch.task import Task, split_pairs
 
 # What setup prepares, as flags of train.py.
 FLAGS = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas", "160"]
@@ -34,7 +34,7 @@ def one_thread():
 def setup() -> SimpleNamespace:
     """What train.py prepares before its loop."""
     seed_everything(42)
-    task = Task()
+    task = Digits()
     data, _, _ = make_datasets(task, split_pairs(task, 0.2, 42), 160, 42)
     model = Transformer(task.vocab_size, dim=16, num_layers=1, pad_id=task.pad_id)
     optimizer = make_optimizer(model, lr=0.01, weight_decay=0.1)

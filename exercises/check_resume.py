@@ -9,11 +9,11 @@ import torch
 from exercises.resume import resume_from, state_to_save
 from train import token_loss
 from transformer_scratch.batches import Batch, BatchSampler, PairDataset
+from transformer_scratch.digits import Digits
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
-from transformer_scratch.task import Task
 
-TASK = Task()
+TASK = Digits()
 DATA = PairDataset(TASK, TASK.all_pairs()[:96])
 BATCHES = [DATA[indices] for indices in BatchSampler(DATA, batch_size=16)]
 

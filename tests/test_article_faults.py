@@ -20,11 +20,11 @@ from train import token_loss
 from transformer_scratch.attention import padding_mask
 from transformer_scratch.batches import PairDataset
 from transformer_scratch.checkpoint import load_checkpoint
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.evaluation import Prediction
 from transformer_scratch.model import Transformer, positional_encoding
-from transformer_scratch.task import Task, split_pairs
 
-TASK = Task()
+TASK = Digits()
 PAIRS = [(8, 4), (3, 6), (0, 9), (5, 5)]
 
 

@@ -14,12 +14,11 @@ from transformer_scratch.batches import (
     BatchIndices,
     BatchSampler,
     PairDataset,
-    make_datasets,
     make_loader,
 )
-from transformer_scratch.task import Task, split_pairs
+from transformer_scratch.digits import Digits, make_datasets, split_pairs
 
-TASK = Task()
+TASK = Digits()
 PAIRS = TASK.all_pairs()
 
 
@@ -63,7 +62,7 @@ def test_a_batch_is_cut_to_its_longest():
 
 
 def test_a_batch_knows_whether_its_source_is_padded():
-    class OneOrTwo(Task):
+    class OneOrTwo(Digits):
         def encode_source(self, pair):
             return self.pad([self.start_id, *set(pair), self.end_id])  # a source of its own length
 
@@ -127,7 +126,7 @@ def test_updates_are_sorted_by_length_and_come_in_random_order():
 
 
 def test_sources_break_ties_of_the_target():
-    class LongerSource(Task):
+    class LongerSource(Digits):
         def encode_source(self, pair):
             return self.pad([self.start_id, *pair, *[0] * pair[0], self.end_id])
 

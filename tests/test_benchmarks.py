@@ -15,10 +15,10 @@ from benchmarks.lib.training_steps import (
     our_loss,
 )
 from transformer_scratch.batches import BatchIndices, PairDataset
+from transformer_scratch.digits import Digits
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Task
 
-TASK = Task()
+TASK = Digits()
 
 
 # ------------------------------------------------------------------------------------ the commands

@@ -7,9 +7,9 @@ import pytest
 import torch
 from metrics import step_losses
 
+from transformer_scratch.digits import Digits
 from transformer_scratch.hardware import compile_model
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Task
 
 FLAGS = ["--dim=16", "--num-layers=2", "--batch-size=16", "--num-datas=160", "--dropout=0.1"]
 
@@ -22,7 +22,7 @@ def test_without_a_compiler_the_model_runs_as_it_is_written(monkeypatch):
     def no_compiler(function):
         raise RuntimeError("no working compiler")
 
-    model = Transformer(Task().vocab_size, 16, 1, 2)
+    model = Transformer(Digits().vocab_size, 16, 1, 2)
     monkeypatch.setattr(torch, "compile", no_compiler)
     reason = compile_model(model)
     assert reason.startswith("no: ") and "\n" not in reason
@@ -31,7 +31,7 @@ def test_without_a_compiler_the_model_runs_as_it_is_written(monkeypatch):
 
 def test_blocks_are_compiled_and_keep_their_names(monkeypatch):
     """So that checkpoints of a compiled run are those of any other."""
-    model = Transformer(Task().vocab_size, 16, 1, 2)
+    model = Transformer(Digits().vocab_size, 16, 1, 2)
     names = list(model.state_dict())
     monkeypatch.setattr(torch, "compile", lambda function=None, **_: function)
     assert compile_model(model).startswith("yes")

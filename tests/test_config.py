@@ -10,7 +10,7 @@ from transformer_scratch.config import Config, load_config
 
 
 def parsed(flags: str) -> Config:
-    config, _, checkpoint = load_config(shlex.split(flags))
+    config, _, _, checkpoint = load_config(shlex.split(flags))
     assert checkpoint is None
     return config
 
@@ -58,7 +58,7 @@ def test_the_contracts_flags_and_defaults():
 
 @pytest.mark.parametrize("dim", [16, 32, 512])
 def test_what_is_chosen_comes_with_its_reason(dim):
-    config, reasons, _ = load_config(["--dim", str(dim)])
+    config, _, reasons, _ = load_config(["--dim", str(dim)])
     for name in ("lr", "ffn_dim", "seq_len"):
         assert getattr(config, name) is not None and reasons[name]
     assert config.ffn_dim == 4 * dim and config.seq_len == 16

@@ -6,11 +6,11 @@ import torch
 from transformer_scratch.attention import padding_mask
 from transformer_scratch.blocks import DecoderBlock
 from transformer_scratch.decoding import KeyValueCache, block_step, decode_step, greedy_decode
+from transformer_scratch.digits import Digits
 from transformer_scratch.evaluation import Prediction, exact_match, predict
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Task
 
-TASK = Task()
+TASK = Digits()
 PAIRS = TASK.all_pairs()
 SOURCE = torch.tensor([TASK.encode_source(pair) for pair in PAIRS])
 IDS = (TASK.start_id, TASK.end_id, TASK.max_target_len)  # what greedy_decode is told of the task

@@ -14,11 +14,11 @@ from transformer_scratch import plots
 from transformer_scratch.attention import MultiHeadAttention
 from transformer_scratch.batches import BatchSampler, PairDataset, make_loader
 from transformer_scratch.decoding import greedy_decode
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.evaluation import predict
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Task, split_pairs
 
-TASK = Task(10, 16)
+TASK = Digits(10, 16)
 CPU = torch.device("cpu")
 # As long as the answers are that the model is asked for: longer than the positions it has.
 SHORT = 4

@@ -22,8 +22,8 @@ from docs.lessons import (
 )
 from docs.lessons.small_training import exact, one_batch, small_model, token_loss, train_small
 from transformer_scratch.batches import PairDataset
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.run_folder import read_metrics
-from transformer_scratch.task import Task, split_pairs
 
 PAGES = sorted((PROJECT / "docs" / "lessons").glob("[1-9]-*.md"))
 
@@ -147,13 +147,13 @@ def test_lightning_calls_these_hooks_in_this_order():
 
 @pytest.fixture
 def batch():
-    task = Task()
+    task = Digits()
     return one_batch(PairDataset(task, task.all_pairs()))
 
 
 def test_positions_along_the_batch_cannot_tell_8_4_from_4_8():
     for kind, tells in ((mistakes.Transformer, True), (mistakes.PositionsAlongBatch, False)):
-        model = small_model(Task(), kind=kind).eval()
+        model = small_model(Digits(), kind=kind).eval()
         start = torch.tensor([[11]])
         logits, swapped = (
             model(torch.tensor([[11, *pair, 12]]), start) for pair in ((8, 4), (4, 8))
@@ -162,7 +162,7 @@ def test_positions_along_the_batch_cannot_tell_8_4_from_4_8():
 
 
 def test_softmax_along_time_is_another_loss(batch):
-    model = small_model(Task()).eval()
+    model = small_model(Digits()).eval()
     right = token_loss(model, batch)
     assert right.item() == pytest.approx(train.token_loss(model, batch, 13).item(), rel=1e-6)
     assert abs(mistakes.softmax_along_time(model, batch).item() - right.item()) > 0.1
@@ -171,7 +171,7 @@ def test_softmax_along_time_is_another_loss(batch):
 def test_padding_changes_the_answer_without_a_mask(batch):
     padded = torch.nn.functional.pad(batch.source, (0, 4), value=13)
     for kind, changes in ((mistakes.Transformer, False), (mistakes.NoPaddingMask, True)):
-        model = small_model(Task(), kind=kind).eval()
+        model = small_model(Digits(), kind=kind).eval()
         logits, of_padded = (
             model(source, batch.decoder_input) for source in (batch.source, padded)
         )
@@ -208,7 +208,7 @@ def test_the_mistakes_cost_what_the_page_says(capsys):
 
 
 def test_the_small_training_learns():
-    task = Task()
+    task = Digits()
     splits = split_pairs(task, 0.2, seed=1)
     model = small_model(task, dim=16, num_layers=1)
     assert train_small(model, task, splits.train, steps=100) < 2.64  # what a guess costs

@@ -9,14 +9,14 @@ from metrics import read_metrics, step_losses
 from samples import batch_of
 
 import train as train_script
-from transformer_scratch.batches import BatchSampler, PairDataset, make_datasets
+from transformer_scratch.batches import BatchSampler, PairDataset
 from transformer_scratch.checkpoint import load_checkpoint
+from transformer_scratch.digits import Digits, make_datasets, split_pairs
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule, warmup_factor
-from transformer_scratch.task import Task, split_pairs
 
-TASK = Task()
+TASK = Digits()
 SMALL = ["--dim", 16, "--num-layers", 1, "--dropout", 0, "--warmup-steps", 0, "--seed", 7]
 
 

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from transformer_scratch.attention import MultiHeadAttention, causal_mask
 from transformer_scratch.batches import PairDataset
+from transformer_scratch.digits import Digits
 from transformer_scratch.model import Transformer, positional_encoding
-from transformer_scratch.task import Task
 
-TASK = Task()
+TASK = Digits()
 V, PAD = TASK.vocab_size, TASK.pad_id
 
 

@@ -11,9 +11,10 @@ from conftest import PROJECT
 
 import evaluate
 from transformer_scratch import plots
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.evaluation import Prediction
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Splits, Task, split_pairs
+from transformer_scratch.task import Splits
 
 PICTURES = "answers attention_cross attention_self positions masks curves schedule"
 
@@ -24,7 +25,7 @@ def model():
     return Transformer(vocab_size=14, dim=16, num_heads=2, num_layers=2, pad_id=13).eval()
 
 
-def answers_all_right_but(task: Task, wrong: list) -> dict:
+def answers_all_right_but(task: Digits, wrong: list) -> dict:
     """Predictions for every pair; the named ones stop at once."""
     targets = {pair: [*task.answer(pair), task.end_id] for pair in task.all_pairs()}
     return {
@@ -69,7 +70,7 @@ def test_masks_in_the_picture_are_those_of_the_model(model):
 
 
 def test_grid_shows_right_wrong_and_held_out():
-    task = Task()
+    task = Digits()
     splits = split_pairs(task, 0.2, seed=1)
     held_out, trained = splits.test[0], splits.train[0]
     figure = plots.draw_answers(task, answers_all_right_but(task, [held_out, trained]), splits)
@@ -81,7 +82,7 @@ def test_grid_shows_right_wrong_and_held_out():
 
 @pytest.mark.parametrize(("digits", "holdout"), [(10, 0.0), (30, 0.2)])
 def test_grid_of_other_tasks(digits, holdout):
-    task = Task(digits, digits + 6)
+    task = Digits(digits, digits + 6)
     splits = split_pairs(task, holdout, seed=1)
     figure = plots.draw_answers(task, answers_all_right_but(task, [(0, 1)]), splits)
     assert figure.axes[0].images[0].get_array().shape == (digits, digits)
@@ -89,7 +90,7 @@ def test_grid_of_other_tasks(digits, holdout):
 
 
 def test_attention_maps_have_every_head_and_the_tokens_on_the_axes(model):
-    task = Task()
+    task = Digits()
     predictions = answers_all_right_but(task, [])
     drawings = plots.draw_run(model, task, Splits(task.all_pairs(), [], []), predictions, (8, 4))
     panels = drawings["attention_cross"]().axes[:4]

@@ -12,8 +12,8 @@ from conftest import PROJECT
 
 import evaluate
 from transformer_scratch.config import Config, check, parse
+from transformer_scratch.digits import Digits
 from transformer_scratch.processes import ALONE
-from transformer_scratch.task import Task
 
 READMES = ["README.md", "README.ja.md"]
 PROGRAMS = {"python", "python3", "make", "torchrun", "docker", "cp", "wandb", "pytest", "pip"}
@@ -106,7 +106,7 @@ def test_examples_are_right(name):
     examples = re.findall(r"`(\d+) (\d+) -> ([\d ]+)`", read(name))
     assert examples
     for first, last, answer in examples:
-        assert Task().answer((int(first), int(last))) == [int(digit) for digit in answer.split()]
+        assert Digits().answer((int(first), int(last))) == [int(digit) for digit in answer.split()]
 
 
 @pytest.mark.parametrize("name", READMES)

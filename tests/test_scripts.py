@@ -11,10 +11,10 @@ from conftest import TINY
 
 import train as train_script
 from transformer_scratch.checkpoint import load_checkpoint
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.run_folder import read_metrics
-from transformer_scratch.task import Task, split_pairs
 
-TASK = Task()
+TASK = Digits()
 NAME = "sn-data-320-head1-dim16-lr0.01"
 FLAGS = [*TINY, "--lr", "0.01", "--warmup-steps", "5", "--wandb", "disabled"]
 

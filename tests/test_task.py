@@ -5,9 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from transformer_scratch.task import Splits, Task, split_pairs
+from transformer_scratch.digits import Digits, split_pairs
+from transformer_scratch.task import Splits
 
-TASK = Task()
+TASK = Digits()
 PAIRS = TASK.all_pairs()
 
 
@@ -46,16 +47,16 @@ def test_every_pair():
 
 @pytest.mark.parametrize("num_categories, seq_len", [(1, 3), (2, 9), (30, 36), (100, 106)])
 def test_other_sizes(num_categories, seq_len):
-    task = Task(num_categories, seq_len)
+    task = Digits(num_categories, seq_len)
     assert len(task.all_pairs()) == num_categories**2
     longest = task.encode_target((0, num_categories - 1))
     assert len(longest) == seq_len and task.end_id in longest
 
 
 def test_seq_len_too_short():
-    assert len(Task(10, 12).encode_target((0, 9))) == 12
+    assert len(Digits(10, 12).encode_target((0, 9))) == 12
     with pytest.raises(ValueError, match="--seq-len 12 or more"):
-        Task(10, 11)
+        Digits(10, 11)
 
 
 # ---------------------------------------------------------------------------------------- the split
@@ -105,7 +106,7 @@ def test_other_holdouts(holdout, val, test):
 
 @pytest.mark.parametrize("num_categories", [30, 60])
 def test_the_split_of_larger_tasks(num_categories):
-    task = Task(num_categories, num_categories + 6)
+    task = Digits(num_categories, num_categories + 6)
     train, val, test = parts(split_pairs(task, 0.2, seed=0))
     assert len(val) == len(test) == num_categories**2 // 10
     assert sorted([*train, *val, *test]) == task.all_pairs()

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import wandb
 from conftest import PROJECT, TINY
 
 import train as train_script
-import wandb
 from transformer_scratch import output, tracking
 from transformer_scratch.config import Config, load_config
 from transformer_scratch.run_folder import read_metrics

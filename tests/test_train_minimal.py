@@ -89,7 +89,7 @@ def test_a_feature_that_is_on_makes_a_difference(both, flags):
 def test_its_settings_are_those_of_the_default_training():
     from transformer_scratch.config import load_config
 
-    config, _, _ = load_config([])
+    config, _, _, _ = load_config([])
     names = {name: FLAGS.get(name, name.lower()).replace("-", "_") for name in SETTINGS}
     text = (PROJECT / "train_minimal.py").read_text(encoding="utf-8")
     written = {}

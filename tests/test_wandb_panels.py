@@ -11,9 +11,9 @@ import pytest
 import wandb
 
 from transformer_scratch import plots, tracking
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import read_metrics
-from transformer_scratch.task import Task, split_pairs
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_weights_are_uploaded_online_and_pictures_drawn_where_someone_looks(
     monkeypatch.setattr(wandb, "alert", lambda title, text: alerts.append(text))
     monkeypatch.setattr(plots, "draw_run", draw_run)
     monkeypatch.setattr(plots, "save_pictures", lambda pictures, folder: [])
-    task = Task()
+    task = Digits()
     model = Transformer(vocab_size=14, dim=16, num_layers=1).eval()
     run, row = SimpleNamespace(path=tmp_path / "run"), {"step": 9, "test/exact_match": 0.25}
     tracking.log_results(run, row, model, task, split_pairs(task, 0.2, 1))

@@ -6,7 +6,8 @@ sequence in the batch.
 
 import os
 import random
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformer_scratch.output import warn_once
 from transformer_scratch.processes import Processes
 from transformer_scratch.signals import Signals
-from transformer_scratch.task import Pair, Splits, Task
+from transformer_scratch.task import Pair, Task
 
 # Samples are sorted by length within windows of this many updates. A larger window leaves less
 # padding, but puts more sequences of one length into the same update.
@@ -63,36 +64,71 @@ class BatchIndices(NamedTuple):
     mean_update_tokens: float
 
 
-class PairDataset(Dataset):
-    """N samples of pairs that are stored once, as tensors; a batch is fetched in one operation."""
+class Sequences:
+    """N sequences of token ids, end to end in one tensor: a short one takes no more than it needs.
 
-    def __init__(self, task: Task, pairs: list[Pair], sample_pairs: Tensor | None = None):
+    lengths: (N,) int64, the tokens of each.
+    """
+
+    def __init__(self, sequences: Iterable[list[int]], vocab_size: int):
+        ids, lengths = array("i"), array("i")
+        for sequence in sequences:
+            ids.extend(sequence)
+            lengths.append(len(sequence))
+        smallest = torch.int16 if vocab_size <= 2**15 else torch.int32
+        self.ids = torch.frombuffer(ids, dtype=torch.int32).to(smallest, copy=True)  # (tokens,)
+        self.lengths = torch.frombuffer(lengths, dtype=torch.int32).long()  # (N,)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+
+    def padded(self, indices: Tensor, pad_id: int) -> Tensor:
+        """The sequences with these indices, (B,) int64, padded to the longest. -> (B, length)."""
+        lengths = self.lengths[indices][:, None]  # (B, 1)
+        position = torch.arange(int(lengths.max()))  # (length,)
+        beyond = position >= lengths  # (B, length)
+        places = (self.starts[indices][:, None] + position).masked_fill_(beyond, 0)
+        return self.ids[places].long().masked_fill_(beyond, pad_id)
+
+
+class PairDataset(Dataset):
+    """N samples of P pairs that are stored once, as tensors; a batch is fetched in one operation.
+
+    target_lengths, target_tokens: (N,) int64, the tokens to predict, and how many of them count:
+    an unknown token is none that the model could learn to write.
+    """
+
+    def __init__(self, task: Task, pairs: Sequence[Pair], sample_pairs: Tensor | None = None):
         """sample_pairs: (N,) int64, the index of each sample's pair; None: each pair once."""
-        self.pairs = pairs
+        self.pad_id, self.unknown_id = task.pad_id, task.unknown_id
         self.sample_pairs = torch.arange(len(pairs)) if sample_pairs is None else sample_pairs
-        self.source = torch.tensor([task.encode_source(pair) for pair in pairs])  # (P, seq_len)
-        self.target = torch.tensor([task.encode_target(pair) for pair in pairs])  # (P, seq_len)
-        source_lengths = (self.source != task.pad_id).sum(dim=1)  # (P,)
-        target_lengths = (self.target != task.pad_id).sum(dim=1) - 1  # without the start token
-        self.source_lengths = source_lengths[self.sample_pairs]  # (N,)
-        self.target_lengths = target_lengths[self.sample_pairs]  # (N,)
+        self.source = Sequences(map(task.encode_source, pairs), task.vocab_size)
+        self.target = Sequences(map(task.encode_target, pairs), task.vocab_size)
+        self.source_lengths = self.source.lengths[self.sample_pairs]
+        self.target_lengths = self.target.lengths[self.sample_pairs] - 1  # without the start token
+        unknown = torch.zeros(len(pairs), dtype=torch.int64)
+        if self.unknown_id is not None:
+            places = (self.target.ids == self.unknown_id).nonzero().squeeze(1)
+            of_pair = torch.searchsorted(self.target.starts, places, right=True) - 1
+            unknown = of_pair.bincount(minlength=len(pairs))
+        self.target_tokens = self.target_lengths - unknown[self.sample_pairs]
 
     def __len__(self) -> int:
         return len(self.sample_pairs)
 
     def __getitem__(self, indices: BatchIndices) -> Batch:
-        """The batch of these samples, cut to the longest source and target among them."""
+        """The batch of these samples, padded to the longest source and target among them."""
         samples, update_tokens, mean_update_tokens = indices
         pairs = self.sample_pairs[samples]
-        source_lengths, target_lengths = self.source_lengths[samples], self.target_lengths[samples]
-        source_length, target_length = int(source_lengths.max()), int(target_lengths.max())
-        target = self.target[pairs, : target_length + 1]
+        source = self.source.padded(pairs, self.pad_id)
+        target = self.target.padded(pairs, self.pad_id)
+        expected = target[:, 1:].contiguous()
+        if self.unknown_id is not None:
+            expected[expected == self.unknown_id] = self.pad_id  # the loss passes over both
         return Batch(
-            source=self.source[pairs, :source_length],
+            source=source,
             decoder_input=target[:, :-1].contiguous(),
-            target=target[:, 1:].contiguous(),
-            source_is_padded=int(source_lengths.min()) < source_length,
-            num_tokens=int(target_lengths.sum()),
+            target=expected,
+            source_is_padded=int(self.source_lengths[samples].min()) < source.size(1),
+            num_tokens=int(self.target_tokens[samples].sum()),
             update_tokens=update_tokens,
             mean_update_tokens=mean_update_tokens,
         )
@@ -101,8 +137,9 @@ class PairDataset(Dataset):
 class BatchSampler(Sampler):
     """The samples of each batch of an epoch, the same whenever seed and epoch are the same.
 
-    A global batch is shared out to the processes, batch_size samples to each. Training (shuffle)
-    drops what is left over after the last full one; otherwise every sample comes once, in order.
+    A global batch is shared out to the processes, batch_size samples to each. In training (shuffle)
+    what is left over after the last full one is dropped, or, with keep_last, makes a smaller one if
+    it has a sample for each process; otherwise every sample comes once, in order.
     """
 
     def __init__(
@@ -114,10 +151,15 @@ class BatchSampler(Sampler):
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        keep_last: bool = False,
     ):
         self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
         self.epoch, self.first_batch = 0, 0
+        self.num_samples = len(dataset)  # of an epoch
+        left_over = len(dataset) % (batch_size * world_size)
+        if shuffle and not (keep_last and left_over >= world_size):
+            self.num_samples -= left_over
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch, and the batch to start with: a resumed run has seen some already."""
@@ -125,14 +167,11 @@ class BatchSampler(Sampler):
 
     def __len__(self) -> int:
         """The batches of a whole epoch, on each process."""
-        global_batch = self.batch_size * self.world_size
-        if self.shuffle:
-            return len(self.dataset) // global_batch
-        return -(-len(self.dataset) // global_batch)
+        return -(-self.num_samples // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[BatchIndices]:
         updates = self.updates()
-        update_tokens = [int(self.dataset.target_lengths[update].sum()) for update in updates]
+        update_tokens = [int(self.dataset.target_tokens[update].sum()) for update in updates]
         mean_update_tokens = sum(update_tokens) / len(updates)
         index = 0
         for update, num_tokens in zip(updates, update_tokens, strict=True):
@@ -155,7 +194,7 @@ class BatchSampler(Sampler):
         seed = random.Random(f"{self.seed} {self.epoch}").getrandbits(32)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.dataset), generator=generator)
-        order = order[: len(self) * self.batch_size * self.world_size]
+        order = order[: self.num_samples]
 
         whole = len(order) - len(order) % size
         updates = []
@@ -174,31 +213,21 @@ class BatchSampler(Sampler):
         return samples[torch.argsort(target * (source.max() + 1) + source, stable=True)]
 
 
-def make_datasets(
-    task: Task, splits: Splits, num_datas: int, seed: int
-) -> tuple[PairDataset, PairDataset, PairDataset]:
-    """Training draws num_datas pairs with repetition; a held-out pair is evaluated once.
-
-    Where nothing is held out, validation and test draw 5,000 and 10,000 samples, as in the article.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(pairs: list[Pair], size: int) -> PairDataset:
-        return PairDataset(task, pairs, torch.randint(len(pairs), (size,), generator=generator))
-
-    train = draw(splits.train, num_datas)
-    if splits.nothing_held_out:
-        return train, draw(splits.val, 5_000), draw(splits.test, 10_000)
-    return train, PairDataset(task, splits.val), PairDataset(task, splits.test)
-
-
 def make_loaders(
-    config, task: Task, splits: Splits, processes: Processes, device: torch.device
+    config, task: Task, processes: Processes, device: torch.device
 ) -> tuple[DataLoader, DataLoader, DataLoader]:
     """The batches that a Config describes, for training, validation and test."""
-    train, val, test = make_datasets(task, splits, config.num_datas, config.seed)
+    train, val, test = task.datasets()
     share = {"rank": processes.rank, "world_size": processes.world_size}
-    sampler = BatchSampler(train, config.batch_size, True, config.seed, config.accumulate, **share)
+    sampler = BatchSampler(
+        train,
+        config.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        keep_last=task.keeps_last_batch,
+        **share,
+    )
     return (
         make_loader(sampler, config.num_workers, pin_memory=device.type == "cuda"),
         make_loader(BatchSampler(val, config.batch_size, **share)),

@@ -21,7 +21,7 @@ from transformer_scratch.output import warn_once
 # What network file systems answer to a call that they do not have.
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
-FORMAT = 3  # 3: a matrix each for queries, keys and values; the progress as one part of the state
+FORMAT = 4  # 4: averaged weights, the task's vocabulary
 
 
 class CheckpointError(BadInput):

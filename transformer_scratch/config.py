@@ -17,7 +17,8 @@ from transformer_scratch.commands import python_command
 from transformer_scratch.errors import BadInput
 from transformer_scratch.hardware import choose_device, choose_precision
 from transformer_scratch.processes import ALONE, Processes
-from transformer_scratch.task import Task, split_pairs
+from transformer_scratch.task import Task
+from transformer_scratch.task_of_run import make_task
 
 
 @dataclass
@@ -45,29 +46,43 @@ class Config:
 
     # ---- the task and its samples
 
-    num_categories: int = 10
-    """Digits of the task; 10 make 100 pairs, 30 make 900."""
+    num_categories: int | None = None
+    """Digits of the task. None: 10, which make 100 pairs; 30 make 900."""
+    num_datas: int | None = None
+    """Samples of digits in an epoch, drawn with repetition. None: 38,400."""
+    pairs: str | None = None
+    """File of your own pairs instead of digits: UTF-8, one pair a line, source, tab, target."""
+    val_pairs: str | None = None
+    """File of pairs to validate on; needs --test-pairs. --pairs is then trained on whole."""
+    test_pairs: str | None = None
+    """File of pairs to test on."""
+    holdout: float | None = None
+    """Share of the distinct pairs (of a file: sources) kept out of training, half for validation,
+    half for the test. 0 = none. None: 0.2 of the digits' pairs, 0.1 of a file's sources."""
     seq_len: int | None = None
-    """Length of a padded sequence. None: --num-categories + 6, so 16 for ten digits."""
-    num_datas: int = 38_400
-    """Training samples in an epoch, drawn with repetition from the training pairs."""
-    holdout: float = 0.2
-    """Share of the distinct pairs kept out of training, for validation and test. 0 = none."""
+    """Tokens of the longest sequence. None: --num-categories + 6, or what a file needs."""
     num_workers: int = 0
     """Processes that prepare batches. 0 = none, which is fastest for data this small."""
 
     # ---- the loop
 
-    max_epochs: int = 3
-    """Epochs to train; there is no early stopping."""
-    batch_size: int = 128
-    """Samples per process in one forward and backward pass."""
+    max_epochs: int | None = None
+    """Epochs to train; there is no early stopping. None: 3; with a file, about 3,000 updates."""
+    batch_size: int | None = None
+    """Samples per process in one forward and backward pass. None: 128."""
     accumulate: int = 1
     """Batches whose gradients make up one update."""
     lr: float | None = None
-    """Learning rate of AdamW after the warm-up, constant. None: 1e-3 x (32 / --dim)^(5/6)."""
+    """Learning rate of AdamW after the warm-up. None: 1e-3 x (32 / --dim)^(5/6)."""
     warmup_steps: int = 100
     """Updates over which the learning rate rises linearly to --lr. 0 = off."""
+    schedule: Literal["constant", "inverse-sqrt"] = "constant"
+    """After the warm-up: constant, or --lr x sqrt(--warmup-steps / update) as in section 5.3."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over all tokens (section 5.4: 0.1). 0 = off."""
+    average: float = 0.99
+    """Decay of the moving average of the weights, which is what is validated, tested and kept as
+    best (after section 6.1). 0 = off."""
     weight_decay: float = 0.1
     """Weight decay of AdamW. 0 = off."""
     clip_norm: float = 1.0
@@ -106,6 +121,8 @@ class Config:
     """Tag the W&B run "debug" instead of "run"."""
 
 
+PAIR_FILES = ("pairs", "val_pairs", "test_pairs")
+
 # What may change in a resumed run, because it cannot change what the run has computed so far.
 CHANGEABLE_ON_RESUME = {
     "resume",
@@ -116,6 +133,7 @@ CHANGEABLE_ON_RESUME = {
     "debug",
     "wandb",
     "wandb_project",
+    "pairs",  # another place of the same file
 }
 
 # The largest value of a flag, where it is not 10**9: far above what is of use, and below what
@@ -134,12 +152,12 @@ LARGEST = {
 
 def load_config(
     arguments: list[str] | None = None, processes: Processes = ALONE
-) -> tuple[Config, dict[str, str], dict | None]:
-    """Read the command line, check it, and choose what was left open.
+) -> tuple[Config, Task, dict[str, str], dict | None]:
+    """Read the command line and the task, check them, and choose what was left open.
 
-    -> the settings; the reason for each choice, by setting; the checkpoint to resume, None for a
-    new run. A resumed run keeps its settings, and what is given beside --resume must not change
-    what it has computed so far. Raises BadInput.
+    -> the settings; the task; the reason for each choice, by setting; the checkpoint to resume,
+    None for a new run. A resumed run keeps its settings, and what is given beside --resume must not
+    change what it has computed so far. Raises BadInput.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse(arguments, Config())
@@ -158,20 +176,23 @@ def load_config(
             f"--max-epochs {config.max_epochs}, but the run has done {checkpoint['epoch']} already"
         )
     try:
-        config, reasons = choose_open_settings(config, processes)
+        config, task, reasons = choose_open_settings(config, processes, checkpoint)
     except BadInput as error:
         raise BadInput(f"{folder} was trained so, and needs the same to resume: {error}") from None
     as_before = "as when the run began"
-    return config, {**reasons, "device": as_before, "precision": as_before}, checkpoint
+    return config, task, {**reasons, "device": as_before, "precision": as_before}, checkpoint
 
 
 def parse(arguments: list[str], default: Config) -> Config:
     """The flags as given. For --help and for wrong flags tyro exits by itself. Raises BadInput."""
     config = tyro.cli(Config, args=arguments, default=default)
-    for name in ("resume", "run_dir"):
-        folder = getattr(config, name)
-        if folder != getattr(default, name):
-            config = dataclasses.replace(config, **{name: from_home(folder, flag(name))})
+    for name in ("resume", "run_dir", *PAIR_FILES):
+        path = getattr(config, name)
+        if path != getattr(default, name):
+            path = from_home(path, flag(name))
+            if name in PAIR_FILES:  # a run may be resumed from another folder
+                path = os.path.abspath(path)
+            config = dataclasses.replace(config, **{name: path})
     return config
 
 
@@ -244,7 +265,7 @@ def check(config: Config, processes: Processes, arguments: list[str]) -> None:
         require(
             name, config, lambda value: 0 <= value < math.inf, "must be 0 (off) or more, and finite"
         )
-    for name in ("dropout", "holdout"):
+    for name in ("dropout", "holdout", "label_smoothing", "average"):
         require(name, config, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
     require("lr", config, lambda value: 0 < value < math.inf, "must be above 0, and finite")
     require("seed", config, lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295")
@@ -272,17 +293,38 @@ def check(config: Config, processes: Processes, arguments: list[str]) -> None:
         origin, project = "WANDB_PROJECT", default_project()
     if not project or set(project) & set("/\\#?%:"):
         raise BadInput(f"{origin} {project!r} must be a name without / \\ # ? % :")
-    global_batch = config.batch_size * processes.world_size
-    if global_batch > config.num_datas:
+    check_pair_files(config)
+
+
+def check_pair_files(config: Config) -> None:
+    """Raise BadInput where flags of the one task are given with the other."""
+    if (config.val_pairs is None) != (config.test_pairs is None):
+        raise BadInput("--val-pairs and --test-pairs belong together: give both, or neither")
+    if config.pairs is None:
+        if config.val_pairs:
+            raise BadInput("--val-pairs and --test-pairs need --pairs, the file to train on")
+        return
+    for name in ("num_datas", "num_categories"):
+        if getattr(config, name) is not None:
+            raise BadInput(f"{flag(name)} is for digits; leave it out with --pairs")
+    if config.val_pairs and config.holdout is not None:
+        raise BadInput("--holdout: with --val-pairs all of --pairs is trained on; leave it out")
+
+
+def check_batch_size(config: Config, task: Task, world_size: int) -> None:
+    """Raise BadInput where an epoch has not even one batch."""
+    global_batch = config.batch_size * world_size
+    if not task.keeps_last_batch and global_batch > task.num_samples:
         raise BadInput(
-            f"a batch of {global_batch} is larger than --num-datas {config.num_datas}: "
+            f"a batch of {global_batch} is larger than --num-datas {task.num_samples}: "
             "give a smaller --batch-size or more --num-datas"
         )
-    try:
-        task = Task(config.num_categories, config.seq_len or default_seq_len(config))
-        split_pairs(task, config.holdout, config.seed)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    if task.keeps_last_batch and config.batch_size > task.num_samples:
+        raise BadInput(
+            f"--batch-size {config.batch_size} is larger than the {task.num_samples} training lines"
+        )
+    if task.num_samples < world_size:
+        raise BadInput(f"{task.num_samples} training lines are too few for {world_size} processes")
 
 
 def require(name: str, config: Config, rule: Callable[[float], bool], words: str) -> None:
@@ -292,17 +334,21 @@ def require(name: str, config: Config, rule: Callable[[float], bool], words: str
         raise BadInput(f"{flag(name)} {value} {words}")
 
 
-def choose_open_settings(config: Config, processes: Processes) -> tuple[Config, dict[str, str]]:
-    """Fill in what was left to size and hardware. -> the settings, a reason for each choice.
+def choose_open_settings(
+    config: Config, processes: Processes, checkpoint: dict | None = None
+) -> tuple[Config, Task, dict[str, str]]:
+    """Read the task, and fill in what was left to it, to size and to hardware.
 
-    Raises BadInput when the accelerator is not there.
+    -> the settings, the task, a reason for each choice. Raises BadInput when the task cannot be
+    read, when a batch is larger than an epoch, or when the accelerator is not there.
     """
+    task = make_task(config, checkpoint)
     lr = float(f"{1e-3 * (32 / config.dim) ** (5 / 6):.3g}")
     defaults = {
         "lr": (lr, "1e-3 x (32 / dim)^(5/6)"),
         "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
-        "seq_len": (default_seq_len(config), "num_categories + 6"),
         "wandb_project": (default_project(), ""),
+        **task.defaults(config, processes.world_size),
     }
     chosen: dict[str, object] = {}
     reasons = {}
@@ -313,11 +359,9 @@ def choose_open_settings(config: Config, processes: Processes) -> tuple[Config, 
     chosen["accelerator"] = "gpu" if device.type == "cuda" else device.type
     chosen["amp"], reasons["precision"] = choose_precision(config.amp, device, config.dim)
     chosen["devices"] = processes.world_size
-    return dataclasses.replace(config, **chosen), reasons
-
-
-def default_seq_len(config: Config) -> int:
-    return config.num_categories + 6
+    config = dataclasses.replace(config, **chosen)
+    check_batch_size(config, task, processes.world_size)
+    return config, task, reasons
 
 
 def default_project() -> str:
@@ -325,5 +369,6 @@ def default_project() -> str:
 
 
 def run_name(config: Config) -> str:
-    """The article's name for a run."""
-    return f"sn-data-{config.num_datas}-head{config.num_heads}-dim{config.dim}-lr{config.lr:g}"
+    """The article's name for a run; with a file, the file's name in place of the data's."""
+    data = Path(config.pairs).stem if config.pairs else f"sn-data-{config.num_datas}"
+    return f"{data}-head{config.num_heads}-dim{config.dim}-lr{config.lr:g}"

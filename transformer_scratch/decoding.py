@@ -114,3 +114,24 @@ def block_step(
     x = block.cross_attention_norm(x, attended)
 
     return block.feed_forward_norm(x, block.feed_forward(x))
+
+
+@torch.inference_mode()
+def beam_decode(
+    model: Transformer,
+    source: Tensor,
+    start_id: int,
+    end_id: int,
+    max_len: int,
+    beam: int,
+    length_penalty: float = 0.6,
+    source_is_padded: bool = True,
+) -> Tensor:
+    """Follow the likeliest `beam` answers at once; -> the best finished one: section 6.1.
+
+    source: (B, S) ids -> (B, max_len) ids, as greedy_decode, which a beam of 1 equals. Answers are
+    ranked by log probability / ((5 + length) / 6)^length_penalty, the length counted with the end
+    token (Wu et al., 2016, equation 14). A finished answer leaves the beam, which gets narrower; one
+    that max_len cuts off counts as it is.
+    """
+    raise NotImplementedError

@@ -28,10 +28,11 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor, nn
 
 from transformer_scratch.attention import MultiHeadAttention, attention_weights, causal_mask
+from transformer_scratch.digits import Digits
 from transformer_scratch.evaluation import Prediction
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import read_metrics
-from transformer_scratch.task import Pair, Splits, Task
+from transformer_scratch.task import Pair, Task
 
 BLUE, LIGHT_BLUE, RED, ORANGE, GREY = "#0072B2", "#9FD3F2", "#D55E00", "#E69F00", "#D9D9D9"
 STYLE = {
@@ -94,11 +95,6 @@ def record_attention(
     return recorded
 
 
-def token_names(task: Task, ids: list[int]) -> list[str]:
-    special = {task.start_id: "start", task.end_id: "end", task.pad_id: "pad"}
-    return [special.get(token, str(token)) for token in ids]
-
-
 def label_tokens(axes: Axes, columns: list[str], rows: list[str]) -> None:
     """Name the token of every row and column; where there are many, of every second, third, ..."""
     across, down = math.ceil(len(columns) / 12), math.ceil(len(rows) / 12)
@@ -109,9 +105,9 @@ def label_tokens(axes: Axes, columns: list[str], rows: list[str]) -> None:
     axes.tick_params(labelsize=14)
 
 
-def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits) -> Figure:
+def draw_answers(task: Digits, predictions: dict[Pair, Prediction]) -> Figure:
     """Start digit by end digit: right or wrong, trained or never seen."""
-    trained, size = set(splits.train), task.num_categories
+    size = task.num_categories
     groups = [
         ("right, trained", LIGHT_BLUE),
         ("right, never seen", BLUE),
@@ -120,7 +116,7 @@ def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits
     ]
     grid = torch.empty(size, size, dtype=torch.int64)  # an index into the groups for each pair
     for pair, prediction in predictions.items():
-        grid[pair] = 2 * (not prediction.exact) + (pair not in trained)
+        grid[pair] = 2 * (not prediction.exact) + (not task.was_trained(pair))
     counts = grid.flatten().bincount(minlength=4).tolist()
     figure = Figure(figsize=(13, 10), layout="constrained")
     axes = figure.subplots()
@@ -153,7 +149,7 @@ def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits
         handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, title="pairs"
     )
     if wrong:
-        answers = [" ".join(token_names(task, predictions[pair].tokens)) for pair in wrong[:8]]
+        answers = [" ".join(task.tokens(predictions[pair].tokens)) for pair in wrong[:8]]
         lines = [
             f"{a} {b} → {textwrap.shorten(text, 24, placeholder=' …')}"
             for (a, b), text in zip(wrong, answers, strict=False)
@@ -170,7 +166,6 @@ def draw_answers(task: Task, predictions: dict[Pair, Prediction], splits: Splits
 
 
 def draw_attention(
-    task: Task,
     recorded: dict[str, Attention],
     kind: str,
     columns: list[str],
@@ -343,31 +338,34 @@ def draw_masks(recorded: dict[str, Attention], source: list[str], written: list[
 
 
 def draw_run(
-    model: Transformer, task: Task, splits: Splits, predictions: dict[Pair, Prediction], pair: Pair
+    model: Transformer, task: Task, answers: list[Prediction], example: Pair
 ) -> dict[str, Callable[[], Figure]]:
-    """What the model itself shows, and its attention while it answers one pair.
+    """What the model itself shows, and its attention while it answers one of the questions.
 
     -> by file name, the functions that draw the pictures, for save_pictures.
     """
-    source, answer = [task.start_id, *pair, task.end_id], predictions[pair].tokens
+    predictions = {answer.pair: answer for answer in answers}
+    source, answer = task.encode_source(example), predictions[example].tokens
     asked = textwrap.shorten(
-        f"{pair[0]} {pair[1]} → {' '.join(token_names(task, answer))}", 40, placeholder=" …"
+        f"{task.source_text(example)} → {' '.join(task.tokens(answer))}", 40, placeholder=" …"
     )
     written = [task.start_id, *answer[:-1]]
     padding = [task.pad_id] * 3
 
     def attention(kind: str, looked_at: list[int], title: str) -> Figure:
         recorded = record_attention(model, source, written)
-        columns, rows = token_names(task, looked_at), token_names(task, answer)
-        return draw_attention(task, recorded, kind, columns, rows, f"{title} {asked}")
+        columns, rows = task.tokens(looked_at), task.tokens(answer)
+        return draw_attention(recorded, kind, columns, rows, f"{title} {asked}")
 
     def masks() -> Figure:
         padded = source + padding, written + padding
         recorded = record_attention(model, *padded)
-        return draw_masks(recorded, *(token_names(task, ids) for ids in padded))
+        return draw_masks(recorded, *(task.tokens(ids) for ids in padded))
 
-    return {
-        "answers": lambda: draw_answers(task, predictions, splits),
+    drawings = {}
+    if isinstance(task, Digits):
+        drawings["answers"] = lambda: draw_answers(task, predictions)
+    return drawings | {
         "attention_cross": lambda: attention(
             "cross_attention", source, "Where the decoder looks in the question while it answers"
         ),

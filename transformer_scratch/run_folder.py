@@ -29,6 +29,7 @@ from transformer_scratch.config import Config, run_name
 from transformer_scratch.errors import BadInput, TrainingFault, when_main_ends
 from transformer_scratch.output import warn_once
 from transformer_scratch.processes import Processes
+from transformer_scratch.task import Task
 
 RUNS = Path("runs")
 STATES = ("last.pt", "previous.pt")  # the second where the first is damaged or gone
@@ -164,6 +165,14 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------ checkpoints
 
+    def keep_pairs(self, task: Task) -> None:
+        """Copy the lines that evaluate.py asks, where the task is a file. Raises BadInput."""
+        try:
+            if self.is_main:
+                task.save_pairs(self.path)
+        except OSError as error:
+            raise BadInput(f"the run folder cannot be written: {error.strerror}") from None
+
     def save(self, everything: dict) -> None:
         """Write last.pt: the state_dict() of everything the next update depends on.
 
@@ -172,7 +181,9 @@ class RunFolder:
         """
         if self.waiting:
             self.flush()
-        state = {name: part.state_dict() for name, part in everything.items()}
+        state = {
+            name: None if part is None else part.state_dict() for name, part in everything.items()
+        }
         for name in OWN_TO_EACH_PROCESS:
             state[name] = self.processes.gather(state[name])
         self.saved_step = everything["progress"].step
@@ -198,7 +209,8 @@ class RunFolder:
             state = checkpoint[name]
             if name in OWN_TO_EACH_PROCESS:
                 state = state[self.processes.rank]
-            part.load_state_dict(state)
+            if part is not None:
+                part.load_state_dict(state)
         self.saved_step = checkpoint["step"]
         self.truncate_metrics(checkpoint["metrics_size"])
         for name, now in environment().items():
@@ -322,7 +334,7 @@ def create_folder(config: Config) -> Path:
 def never_trained(folder: Path) -> bool:
     """Whether a folder is empty, or left by a run that ended before its first state was saved."""
     names = {path.name for path in folder.iterdir() if not path.match("last.pt.*.tmp")}
-    left_by_a_run = {".lock", "config.json", "config.json.tmp", "metrics.jsonl"}
+    left_by_a_run = {".lock", "config.json", "config.json.tmp", "metrics.jsonl", "pairs"}
     return not names or (".lock" in names and names <= left_by_a_run)
 
 

@@ -11,14 +11,14 @@ from transformer_scratch.errors import Stopped, when_main_ends
 from transformer_scratch.evaluation import Prediction, exact_match
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import RunFolder
-from transformer_scratch.task import Splits
+from transformer_scratch.task import Task
 
 
 def print_start(
     config: Config,
     reasons: dict[str, str],
     model: Transformer,
-    splits: Splits,
+    task: Task,
     run: RunFolder,
     where_to_look: str,
 ) -> None:
@@ -27,19 +27,15 @@ def print_start(
         return
 
     def why(name: str) -> str:
-        return f" ({reasons[name]})" if name in reasons else ""
+        return f" ({reasons[name]})" if reasons.get(name) else ""
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    pairs = len({*splits.train, *splits.val, *splits.test})
-    if splits.nothing_held_out:
-        data = f"{pairs} pairs, shared by training, validation and test, as in the article"
-    else:
-        data = (
-            f"{pairs} pairs: {len(splits.train)} trained, {len(splits.val)} validation, "
-            f"{len(splits.test)} test"
-        )
     heads = "1 head" if config.num_heads == 1 else f"{config.num_heads} heads"
-    warmup = f", reached after {config.warmup_steps} updates" if config.warmup_steps else ""
+    lr = f"{config.lr:g}{why('lr')}"
+    if config.warmup_steps:
+        lr += f", reached after {config.warmup_steps} updates"
+    if config.schedule == "inverse-sqrt":
+        lr += ", then falling with the inverse square root of the updates"
     precision = "float32" if config.amp == "off" else config.amp
     samples_per_update = config.batch_size * config.accumulate * config.devices
     rows = {
@@ -48,10 +44,11 @@ def print_start(
         "precision": f"{precision}{why('precision')}",
         "model": f"{parameters:,} parameters: dim {config.dim}, {heads}, {config.num_layers} + "
         f"{config.num_layers} layers, ffn_dim {config.ffn_dim}{why('ffn_dim')}",
-        "data": f"{data}; seq_len {config.seq_len}{why('seq_len')}",
-        "epochs": f"{config.max_epochs} of {config.num_datas:,} samples, "
-        f"{samples_per_update} an update",
-        "lr": f"{config.lr:g}{why('lr')}{warmup}",
+        **task.description(),
+        "seq_len": f"{config.seq_len}{why('seq_len')}",
+        "epochs": f"{config.max_epochs}{why('max_epochs')} of {task.num_samples:,} samples, "
+        f"{samples_per_update} an update{why('batch_size')}",
+        "lr": lr,
         "chance": f"a token guessed at random is right one time in {model.output.out_features}",
         "run": f"{run.path}{' (resumed)' if run.resumed else ''}",
         "wandb": where_to_look,

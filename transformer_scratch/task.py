@@ -1,149 +1,122 @@
-"""The task: two digits in, the run of digits between them out. `8 4 -> 8 7 6 5 4`, `5 5 -> 5`."""
+"""What training and evaluation need to know of a task: its pairs, their tokens, how they are split.
 
-from collections import Counter
+Digits is one task, TextPairs, a file of your own pairs, the other; train.py knows neither of them.
+"""
+
+from collections.abc import Hashable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # batches.py imports this file
+    from transformer_scratch.batches import PairDataset
 
-Pair = tuple[int, int]
+Pair = tuple[Hashable, Hashable]
+
+# Between two epochs at most this many sources are answered, so that a large split costs no minutes;
+# and so many trained ones are asked at the end.
+MOST_ANSWERS = 1_000
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The distinct pairs to train on, to validate on and to test on.
+    """The distinct questions to train on, to validate on and to test on, each as a pair.
 
-    The three are disjoint, unless nothing is held out: then each of them is every pair.
+    Where nothing is held out, validation and test ask what was trained. Of a large training split
+    only some are asked: those in train.
     """
 
     train: list[Pair]
     val: list[Pair]
     test: list[Pair]
+    nothing_held_out: bool = False
 
-    @property
-    def nothing_held_out(self) -> bool:
-        return self.val == self.train
+    def every(self) -> list[Pair]:
+        """Each pair once, what is to be told of first."""
+        return list(dict.fromkeys([*self.test, *self.val, *self.train]))
 
 
-@dataclass(frozen=True)
 class Task:
-    """Questions, answers and their tokens, laid out as in the article.
+    """Token ids from 0 to vocab_size - 1, a few of them special, and pairs made of the others.
 
-    The digits 0 to num_categories - 1 are their own ids. Sequences are padded to seq_len tokens.
-    Raises ValueError when seq_len is too short for the longest answer.
+    seq_len: tokens of the longest sequence, start and end included; it also bounds an answer.
+    unknown_id: the token that no loss counts and no answer gets right; None where there is none.
     """
 
-    num_categories: int = 10
-    seq_len: int = 16
-
-    def __post_init__(self):
-        shortest = self.num_categories + 2
-        if self.seq_len < shortest:
-            raise ValueError(
-                f"--seq-len {self.seq_len} is too short for {self.num_categories} digits: start, "
-                f"{self.num_categories} digits and end take {shortest}; "
-                f"give --seq-len {shortest} or more"
-            )
-
-    @classmethod
-    def from_config(cls, config) -> "Task":
-        return cls(config.num_categories, config.seq_len)
-
-    @property
-    def start_id(self) -> int:
-        return self.num_categories + 1  # the id before it is unused: the vocabulary stays even
-
-    @property
-    def end_id(self) -> int:
-        return self.num_categories + 2
-
-    @property
-    def pad_id(self) -> int:
-        return self.num_categories + 3
-
-    @property
-    def vocab_size(self) -> int:
-        return self.num_categories + 4
+    start_id: int
+    end_id: int
+    pad_id: int
+    unknown_id: int | None = None
+    vocab_size: int
+    seq_len: int
+    splits: Splits
+    num_samples: int  # of an epoch
+    keeps_last_batch: bool  # whether an epoch ends with a batch that is smaller
 
     @property
     def max_target_len(self) -> int:
         return self.seq_len - 1  # decoder input and target are one sequence, shifted by one
 
-    def all_pairs(self) -> list[Pair]:
-        return [(a, b) for a in range(self.num_categories) for b in range(self.num_categories)]
-
-    def answer(self, pair: Pair) -> list[int]:
-        """Every digit from the first to the second, both included."""
-        first, last = pair
-        step = 1 if last >= first else -1
-        return list(range(first, last + step, step))
-
-    def kinds(self, pair: Pair) -> list[tuple]:
-        """What a pair teaches: a run length, a start and an end, each counting up or down.
-
-        A run of one digit counts as both.
-        """
-        first, last = pair
-        directions = ["up"] * (last >= first) + ["down"] * (last <= first)
-        return [
-            (name, value, direction)
-            for direction in directions
-            for name, value in (("length", abs(last - first)), ("start", first), ("end", last))
-        ]
+    def datasets(self) -> "tuple[PairDataset, PairDataset, PairDataset]":
+        """The samples to train on, to validate on and to test on."""
+        raise NotImplementedError
 
     def encode_source(self, pair: Pair) -> list[int]:
-        """[start, a, b, end, pad, ...], seq_len long."""
-        return self.pad([self.start_id, *pair, self.end_id])
+        """[start, tokens ..., end]"""
+        raise NotImplementedError
 
     def encode_target(self, pair: Pair) -> list[int]:
-        """[start, run ..., end, pad, ...], seq_len long: decoder input and target in one."""
-        return self.pad([self.start_id, *self.answer(pair), self.end_id])
+        """[start, tokens ..., end]: decoder input and target in one."""
+        raise NotImplementedError
 
-    def pad(self, ids: list[int]) -> list[int]:
-        return ids + [self.pad_id] * (self.seq_len - len(ids))
+    def answers(self, pair: Pair) -> list[list[int]]:
+        """Each right answer, with the end token."""
+        raise NotImplementedError
 
+    def question(self, text: str) -> Pair:
+        """A pair with this source and no target. Raises BadInput when the task has no such one."""
+        raise NotImplementedError
 
-def split_pairs(task: Task, holdout: float, seed: int) -> Splits:
-    """Hold a share of the distinct pairs out of training, half for validation, half for the test.
+    def tokens(self, ids: list[int]) -> list[str]:
+        """How to print each token."""
+        raise NotImplementedError
 
-    Pairs are held out in random order (by seed), but never too many of one kind: at most
-    2 x holdout (at least 0.4) of the pairs that share a start, an end or a run length in one
-    direction. So every start, end and length is still trained, counting up and counting down.
-    With holdout 0 training, validation and test share all pairs, as in the article.
+    def text(self, ids: list[int]) -> str:
+        """How to print a sequence, without its end token."""
+        raise NotImplementedError
 
-    Raises ValueError when fewer than two pairs would be held out, or more than this rule allows.
-    """
-    pairs = task.all_pairs()
-    if holdout == 0:
-        return Splits(pairs, pairs, pairs)
-    wanted = round(holdout * len(pairs))
-    few_digits = task.num_categories < 5  # hardly a pair can be spared then
-    if wanted < 2:
-        remedy = "give 0" if few_digits else f"give --holdout {2 / len(pairs):g} or more, or 0"
-        raise ValueError(
-            f"--holdout {holdout:g} of {len(pairs)} pairs is {wanted}: validation and test need "
-            f"one each; {remedy} to share all pairs"
-        )
-    kinds_of = {pair: task.kinds(pair) for pair in pairs}
-    sizes = Counter(kind for pair in pairs for kind in kinds_of[pair])
-    most_of_a_kind = max(2 * holdout, 0.4)
-    allowance = {kind: min(int(most_of_a_kind * size), size - 1) for kind, size in sizes.items()}
+    def source_text(self, pair: Pair) -> str:
+        raise NotImplementedError
 
-    held_out: list[Pair] = []
-    generator = torch.Generator().manual_seed(seed)
-    for index in torch.randperm(len(pairs), generator=generator).tolist():
-        pair = pairs[index]
-        if len(held_out) < wanted and all(allowance[kind] > 0 for kind in kinds_of[pair]):
-            held_out.append(pair)
-            for kind in kinds_of[pair]:
-                allowance[kind] -= 1
-    if len(held_out) < wanted:
-        most = int(100 * len(held_out) / len(pairs)) / 100
-        remedy = "give 0" if few_digits else f"give {most:g} or less, or 0"
-        raise ValueError(
-            f"--holdout {holdout:g} would hold out {wanted} of {len(pairs)} pairs, but after "
-            f"{len(held_out)} training would lack a start, an end or a run length; "
-            f"{remedy} to share all pairs"
-        )
-    unseen = set(held_out)
-    train = [pair for pair in pairs if pair not in unseen]
-    return Splits(train, sorted(held_out[: wanted // 2]), sorted(held_out[wanted // 2 :]))
+    def target_texts(self, pair: Pair) -> list[str]:
+        """Each right answer."""
+        raise NotImplementedError
+
+    def record(self, pair: Pair, ids: list[int]) -> dict:
+        """A question and an answer to it, for evaluation.json."""
+        raise NotImplementedError
+
+    def every_line(self) -> list[Pair]:
+        """All that is asked, with each right answer."""
+        raise NotImplementedError
+
+    def was_trained(self, pair: Pair) -> bool:
+        raise NotImplementedError
+
+    def description(self) -> dict[str, str]:
+        """What to print at the start, by its heading."""
+        raise NotImplementedError
+
+    def defaults(self, config, world_size: int) -> dict[str, tuple[object, str]]:
+        """Settings that depend on the task. -> by name, the value and the reason for it."""
+        raise NotImplementedError
+
+    def save_pairs(self, folder: Path) -> None:
+        """Keep in a run's folder what evaluate.py cannot work out again."""
+
+    def state_dict(self) -> dict:
+        """What a checkpoint must hold of it besides the settings."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises BadInput when this is not the task that was trained."""

@@ -19,18 +19,19 @@ import wandb
 from transformer_scratch.commands import path_argument, shell_command, shorter
 from transformer_scratch.config import Config, run_name
 from transformer_scratch.errors import Stopped, exit_code_so_far, when_main_ends
-from transformer_scratch.evaluation import Prediction, pair_to_show, predict
+from transformer_scratch.evaluation import Prediction, example_to_show, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.output import warn_once, warned_of
 from transformer_scratch.run_folder import RunFolder, read_metrics
 from transformer_scratch.signals import Signals
-from transformer_scratch.task import Splits, Task
+from transformer_scratch.task import MOST_ANSWERS, Task
 from transformer_scratch.wandb_process import Service, synced
 
 # Seconds. How long to wait for W&B when a run has ended, and when a signal has stopped it: whoever
 # sends SIGTERM soon kills.
 PATIENCE, PATIENCE_WHEN_STOPPED = 50, 4
 START_TIMEOUT = 20
+MOST_ROWS = 200  # of a table of answers
 # Seconds that a table waits for the server to say whether it knows another of that name. W&B asks
 # only in order to complain early, but would wait 20 seconds for the answer, at every table.
 TABLE_TIMEOUT = 0.01
@@ -228,48 +229,48 @@ def files_of_run() -> str:
 # ----------------------------------------------------------------------------- tables and pictures
 
 
-def answers_table(answers: list[Prediction], splits: Splits) -> wandb.Table:
-    """One line a pair: the question, the right answer, the model's answer."""
-    trained = set(splits.train)
+def answers_table(answers: list[Prediction], task: Task) -> wandb.Table:
+    """A line for each of the first answers: the question, what is right, what the model says."""
     rows = [
         [
-            " ".join(map(str, answer.pair)),
-            " ".join(map(str, answer.target)),
-            " ".join(map(str, answer.tokens)),
+            task.source_text(answer.pair),
+            " or ".join(task.target_texts(answer.pair)),
+            task.text(answer.tokens),
             answer.exact,
-            answer.pair not in trained,
+            not task.was_trained(answer.pair),
         ]
-        for answer in answers
+        for answer in answers[:MOST_ROWS]
     ]
     return wandb.Table(columns=["pair", "target", "prediction", "right", "held out"], data=rows)
 
 
-def log_table(step: int, name: str, answers: list[Prediction], splits: Splits) -> None:
+def log_table(step: int, name: str, answers: list[Prediction], task: Task) -> None:
     """Send a table of answers to W&B."""
-    in_background(lambda: wandb.log({"step": step, name: answers_table(answers, splits)}))
+    in_background(lambda: wandb.log({"step": step, name: answers_table(answers, task)}))
 
 
-def log_results(run: RunFolder, row: dict, model: Transformer, task: Task, splits: Splits) -> None:
-    """Log the test's numbers, every answer of the best weights, and the weights."""
+def log_results(run: RunFolder, row: dict, model: Transformer, task: Task) -> None:
+    """Log the test's numbers, answers of the best weights, and the weights."""
     in_background(wandb.log, row)
     if wandb.run is None or wandb.run.disabled:
         return
     with never_fatal("the answers for W&B"):
-        log_answers(run, row["step"], model, task, splits)
+        log_answers(run, row["step"], model, task)
     if not wandb.run.offline:
         in_background(upload_weights, run.path / "best.pt")
     exact = f"{row['test/exact_match']:.1%}"
     in_background(wandb.alert, "Training has ended", f"{run.path.name}: test exact match {exact}")
 
 
-def log_answers(run: RunFolder, step: int, model: Transformer, task: Task, splits: Splits) -> None:
-    """Every pair's answer as a table and as a picture, and where the model looks for one."""
+def log_answers(run: RunFolder, step: int, model: Transformer, task: Task) -> None:
+    """Answers as a table and as a picture, and where the model looks for one."""
     from transformer_scratch.plots import draw_run, save_pictures  # matplotlib takes long to import
 
-    answers = {answer.pair: answer for answer in predict(model, task, task.all_pairs())}
-    log_table(step, "test/answers", list(answers.values()), splits)
-    pictures = draw_run(model, task, splits, answers, pair_to_show(task, splits.test))
-    shown = {name: pictures[name] for name in ("answers", "attention_cross", "attention_self")}
+    pairs = task.splits.every()[:MOST_ANSWERS]
+    answers = predict(model, task, pairs)
+    log_table(step, "test/answers", answers, task)
+    pictures = draw_run(model, task, answers, example_to_show(task, task.splits.test))
+    shown = {name: pictures[name] for name in pictures if name not in ("positions", "masks")}
     for file in save_pictures(shown, run.path / "pictures"):
         in_background(wandb.log, {"step": step, f"pictures/{file.stem}": wandb.Image(str(file))})
 

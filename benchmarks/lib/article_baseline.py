@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from transformer_scratch.digits import Digits
 from transformer_scratch.model import positional_encoding
-from transformer_scratch.task import Pair, Task
+from transformer_scratch.task import Pair
 
 
 class ArticleAttention(nn.Module):
@@ -106,7 +107,7 @@ class ArticleTransformer(nn.Module):
 class ItemDataset(Dataset):
     """One sample at a time, made when it is asked for and always seq_len long."""
 
-    def __init__(self, task: Task, pairs: list[Pair]):
+    def __init__(self, task: Digits, pairs: list[Pair]):
         self.task, self.pairs = task, pairs
 
     def __len__(self) -> int:
@@ -118,6 +119,6 @@ class ItemDataset(Dataset):
         return source, target[:-1], target[1:]
 
 
-def article_loader(task: Task, pairs: list[Pair], batch_size: int) -> DataLoader:
+def article_loader(task: Digits, pairs: list[Pair], batch_size: int) -> DataLoader:
     """Samples in random order, put together by PyTorch's default collate function."""
     return DataLoader(ItemDataset(task, pairs), batch_size, shuffle=True, drop_last=True)

@@ -26,7 +26,6 @@ from transformer_scratch.config import load_config
 from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.hardware import choose_device, choose_threads, keep_freed_memory
 from transformer_scratch.processes import start_processes
-from transformer_scratch.task import Task, split_pairs
 
 
 class Enough(BaseException):
@@ -100,13 +99,11 @@ def run_lightning(flags: list[str]) -> None:
 def run_barebones_lightning(flags: list[str]) -> None:
     """trainer.fit with all switched off that can be: logging, bar, checkpoints, checks."""
     processes = start_processes()
-    config, _, _ = load_config(flags, processes)
+    config, task, _, _ = load_config(flags, processes)
     device, _ = choose_device(config.accelerator)
     choose_threads(config.dim, config.batch_size)
     keep_freed_memory()
-    task = Task.from_config(config)
-    splits = split_pairs(task, config.holdout, config.seed)
-    train_loader, _, _ = make_loaders(config, task, splits, processes, device)
+    train_loader, _, _ = make_loaders(config, task, processes, device)
     trainer = pl.Trainer(
         accelerator=config.accelerator,
         devices=1,
@@ -114,4 +111,4 @@ def run_barebones_lightning(flags: list[str]) -> None:
         barebones=True,
         gradient_clip_val=config.clip_norm,
     )
-    trainer.fit(train_lightning.LitTransformer(config, task, splits), train_loader)
+    trainer.fit(train_lightning.LitTransformer(config, task), train_loader)

@@ -24,9 +24,9 @@ from transformer_scratch.batches import (
     PairDataset,
     make_loader,
 )
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer
-from transformer_scratch.task import Task, split_pairs
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 1.0
 
@@ -116,7 +116,7 @@ class TrainingSteps:
     def __init__(self, dim: int, num_heads: int, num_layers: int, batch_size: int):
         self.dim, self.num_heads, self.num_layers = dim, num_heads, num_layers
         self.batch_size = batch_size
-        self.task = Task()
+        self.task = Digits()
         self.pairs = split_pairs(self.task, holdout=0.2, seed=42).train
         # Each pair as often as any other: the lengths are those of a training, not of a few draws.
         order = torch.randperm(len(self.pairs))

@@ -11,10 +11,10 @@ from itertools import product
 
 import train
 from transformer_scratch import config
-from transformer_scratch.task import Task
+from transformer_scratch.digits import Digits
 
 
-class Sort(Task):
+class Sort(Digits):
     def all_pairs(self) -> list[tuple]:
         return list(product(range(self.num_categories), repeat=3))  # three digits, 1,000 questions
 
@@ -37,7 +37,7 @@ class Add(Sort):
 
 if __name__ == "__main__":
     name, *flags = sys.argv[1:] or ["sort"]
-    train.Task = config.Task = {"sort": Sort, "reverse": Reverse, "add": Add}[name]
+    train.Digits = config.Digits = {"sort": Sort, "reverse": Reverse, "add": Add}[name]
     # Not in runs/: evaluate.py takes the newest run there, and knows only the package's task.
     folder = ["--run-dir", tempfile.mkdtemp(prefix=f"{name}-")]
     train.main(["--num-layers", "2", "--wandb", "disabled", *folder, *flags])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from transformer_scratch.batches import BatchSampler, make_datasets
+from transformer_scratch.batches import BatchSampler
+from transformer_scratch.digits import Digits, make_datasets, split_pairs
 from transformer_scratch.run_folder import read_metrics
-from transformer_scratch.task import Task, split_pairs
 
 BATCH, SAMPLES, SEED = 64, 640, 42
 FLAGS = ["--dim", "16", "--num-layers", "1", "--num-datas", str(SAMPLES), "--max-epochs", "1"]
@@ -24,7 +24,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 def show_shares() -> None:
     """Which samples of the first batch each process takes."""
-    task = Task()
+    task = Digits()
     data, _, _ = make_datasets(task, split_pairs(task, 0.2, SEED), SAMPLES, SEED)
     print(f"the first batch of {BATCH}, by sample number")
     for rank, world_size in ((0, 1), (0, 2), (1, 2)):

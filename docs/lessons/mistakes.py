@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from docs.lessons.small_training import exact, one_batch, small_model, token_loss, train_small
 from docs.lessons.unseen_pairs import PyTorchStart
 from transformer_scratch.batches import Batch, BatchIndices, PairDataset
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Task, split_pairs
 
-TASK = Task()
+TASK = Digits()
 SPLITS = split_pairs(TASK, holdout=0.2, seed=1)
 UNSEEN = [*SPLITS.val, *SPLITS.test]
 STEPS = 300

@@ -12,7 +12,7 @@ from torch import nn
 
 from docs.lessons.small_training import one_batch, small_model, token_loss
 from transformer_scratch.batches import PairDataset
-from transformer_scratch.task import Task
+from transformer_scratch.digits import Digits
 
 
 def show_types() -> None:
@@ -56,7 +56,7 @@ def train_through_an_overflow() -> list[tuple[float, bool]]:
     """
     print("\n3. eight steps with a scale that starts far too large")
     print("   step  scale     gradient norm  weights moved")
-    task = Task()
+    task = Digits()
     model = small_model(task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)

@@ -18,7 +18,6 @@ from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.processes import ALONE
 from transformer_scratch.random_state import seed_everything
-from transformer_scratch.task import Task, split_pairs
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
@@ -76,13 +75,11 @@ def describe(tensor: torch.Tensor) -> str:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> tuple[float, float]:
     """Take one step as train.py does. -> its loss and gradient norm."""
-    config, _, _ = load_config(arguments)
+    config, task, _, _ = load_config(arguments)
     device, _ = choose_device(config.accelerator)
     choose_threads(config.dim, config.batch_size)
     seed_everything(config.seed)
-    task = Task.from_config(config)
-    splits = split_pairs(task, config.holdout, config.seed)
-    train_loader, _, _ = make_loaders(config, task, splits, ALONE, device)
+    train_loader, _, _ = make_loaders(config, task, ALONE, device)
     model = Transformer.from_config(config, task)
     model.to(device)
     parameters = list(model.parameters())

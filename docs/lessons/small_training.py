@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_scratch.batches import Batch, BatchSampler, PairDataset
+from transformer_scratch.digits import Digits
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.hardware import choose_threads
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
-from transformer_scratch.task import Pair, Task
+from transformer_scratch.task import Pair
 
 BATCH_SIZE = 128
 
@@ -29,7 +30,7 @@ def one_batch(data: PairDataset) -> Batch:
 
 
 def small_model(
-    task: Task, seed: int = 1, kind: type[Transformer] = Transformer, **options
+    task: Digits, seed: int = 1, kind: type[Transformer] = Transformer, **options
 ) -> Transformer:
     """The default model with two layers for six: it learns the task in a third of the time."""
     torch.manual_seed(seed)
@@ -38,7 +39,7 @@ def small_model(
 
 def train_small(
     model: Transformer,
-    task: Task,
+    task: Digits,
     pairs: list[Pair],
     steps: int,
     loss_of: Callable[[Transformer, Batch], Tensor] = token_loss,
@@ -64,6 +65,6 @@ def train_small(
     return torch.stack(losses[-20:]).mean().item()
 
 
-def exact(model: Transformer, task: Task, pairs: list[Pair]) -> float:
+def exact(model: Transformer, task: Digits, pairs: list[Pair]) -> float:
     """The share of the pairs that the model answers without a mistake, on its own."""
     return exact_match(predict(model, task, pairs))

@@ -13,8 +13,8 @@ import tyro
 from torch import nn
 
 from docs.lessons.small_training import exact, small_model, train_small
+from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Task, split_pairs
 
 
 class PyTorchStart(Transformer):
@@ -49,7 +49,7 @@ def train_and_count(
     kind: type[Transformer], shared: bool, digits: int, seed: int, arguments: Arguments
 ) -> tuple[float, float]:
     """-> the share of the trained and of the unseen pairs that are answered exactly."""
-    task = Task(digits, digits + 6)
+    task = Digits(digits, digits + 6)
     splits = split_pairs(task, holdout=0.2, seed=seed)
     sizes = {"tie_embeddings": shared, "num_layers": arguments.num_layers}
     model = small_model(task, seed, kind, **sizes)

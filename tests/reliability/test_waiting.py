@@ -17,7 +17,7 @@ from trainings import NEW, RESUME, SMALL, fingerprint
 
 from transformer_scratch import batches, output
 from transformer_scratch.checkpoint import load_checkpoint
-from transformer_scratch.task import Task
+from transformer_scratch.digits import Digits
 
 ONE_WORKER = ["--num-workers", "1"]
 SIGINT, SIGTERM = (signal.SIGINT, 130), (signal.SIGTERM, 143)
@@ -93,7 +93,7 @@ def test_only_our_loop_waits_in_slices(monkeypatch):
 
     monkeypatch.setattr(batches.PairDataset, "__getitem__", slow_fetch)
     monkeypatch.setattr(batches, "SLICE", 0.02)
-    task = Task(10, 16)
+    task = Digits(10, 16)
     dataset = batches.PairDataset(task, task.all_pairs()[:2])
     loader = batches.make_loader(batches.BatchSampler(dataset, 1), num_workers=1)
     assert len(list(loader)) == 2

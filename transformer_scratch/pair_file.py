@@ -1,0 +1,91 @@
+"""Reads a file of pairs: UTF-8, one pair a line, `source<TAB>target`.
+
+A byte-order mark and Windows line ends are dropped, blank lines are skipped, and characters are
+composed (Unicode NFC), so that an accent is the same token however it was typed.
+"""
+
+import hashlib
+import unicodedata
+from codecs import BOM_UTF8
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from transformer_scratch.errors import BadInput
+
+Line = tuple[str, str]
+A_LINE = "a line is: source, one tab, target"
+
+
+class Column(NamedTuple):
+    """How the fields of a column are cut into tokens: at spaces, or into characters."""
+
+    at_spaces: bool
+
+    def split(self, field: str) -> list[str]:
+        return [token for token in field.split(" ") if token] if self.at_spaces else list(field)
+
+    def join(self, tokens: Iterable[str]) -> str:
+        return (" " if self.at_spaces else "").join(tokens)
+
+    def __str__(self) -> str:
+        return "at spaces" if self.at_spaces else "into characters"
+
+
+class PairFile(NamedTuple):
+    """The pairs of a file as they stand in it, and the number of each one's line."""
+
+    path: str
+    lines: list[Line]
+    numbers: list[int]
+    sha256: str
+
+    def column(self, side: int) -> Column:
+        """0: the sources, 1: the targets. Cut at spaces if any field holds one."""
+        return Column(any(" " in line[side] for line in self.lines))
+
+    def longest(self, columns: tuple[Column, Column]) -> tuple[int, int]:
+        """-> the most tokens that a field has, and the number of its line."""
+        lengths = (
+            max(len(column.split(field)) for column, field in zip(columns, line, strict=True))
+            for line in self.lines
+        )
+        return max(zip(lengths, self.numbers, strict=True), key=lambda found: found[0])
+
+
+def read_pairs(path: str, flag: str) -> PairFile:
+    """Read a file of pairs. Raises BadInput, naming the line where there is one."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{flag} {path} cannot be read: {error.strerror}") from None
+    without_mark = content.removeprefix(BOM_UTF8)
+    try:
+        text = normalised(without_mark.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        number = without_mark.count(b"\n", 0, error.start) + 1
+        raise BadInput(
+            f"{flag} {path}, line {number} is not UTF-8; write the file anew in that encoding"
+        ) from None
+    lines, numbers = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if "\t" not in line and not line.strip():
+            continue
+        fields = tuple(field.strip() for field in line.split("\t"))
+        if len(fields) != 2 or not all(fields):
+            found = {1: "no tab", 2: "an empty field"}.get(len(fields), f"{len(fields)} fields")
+            raise BadInput(f"{flag} {path}, line {number} has {found}; {A_LINE}")
+        lines.append(fields)
+        numbers.append(number)
+    if not lines:
+        raise BadInput(f"{flag} {path} is empty; {A_LINE}")
+    return PairFile(path, lines, numbers, hashlib.sha256(content).hexdigest())
+
+
+def normalised(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def write_pairs(path: Path, lines: list[Line]) -> None:
+    text = "".join(f"{source}\t{target}\n" for source, target in lines)
+    path.write_text(text, encoding="utf-8", newline="\n")
