@@ -205,18 +205,18 @@ def print_summary(
     print(f"\ncheckpoint      {file}")
     decoding = "greedy" if result["beam"] == 1 else f"a beam of {result['beam']}"
     print(f"decoding        {decoding}")
-    print(f"trained         {result['exact_match_seen']:.1%} exact, of {result['num_seen']:,}")
+    print(f"trained pairs   {result['exact_match_seen']:.1%} exact, of {result['num_seen']:,}")
     if result["num_unseen"]:
         print(
-            f"unseen          {result['exact_match_unseen']:.1%} exact, of "
+            f"unseen pairs    {result['exact_match_unseen']:.1%} exact, of "
             f"{result['num_unseen']:,} (validation {result['exact_match_val']:.1%}, "
             f"test {result['exact_match_test']:.1%})"
         )
     else:
-        print("unseen          none: this run trained on all (--holdout 0)")
-    print(f"test            {result['token_error_rate']:.2%} of the tokens would have to be edited")
+        print("unseen pairs    none: this run trained on every pair (--holdout 0)")
+    print(f"test pairs      {result['token_error_rate']:.2%} of the tokens would have to be edited")
     tokens = f"{result['token_accuracy']:.1%} of the tokens right"
-    print(f"all             {tokens}, loss {result['loss']:.4f}")
+    print(f"all pairs       {tokens}, loss {result['loss']:.4f}")
     wrong = [answer for answer in predictions.values() if not answer.exact]
     for answer in wrong[:20]:
         kind = "trained" if task.was_trained(answer.pair) else "unseen"

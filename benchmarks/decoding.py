@@ -24,7 +24,6 @@ from benchmarks.lib.measure import (
     save_picture,
     threads,
 )
-from transformer_scratch.batches import PairDataset
 from transformer_scratch.decoding import greedy_decode
 from transformer_scratch.digits import Digits
 from transformer_scratch.errors import exits_cleanly
@@ -68,12 +67,11 @@ def seconds_without_cache(
 def ways_to_decode(options: Arguments, length: int) -> dict[str, Callable[[], object]]:
     """The time of the encoder counts for the way with the cache only."""
     task = Digits()
-    padded = PairDataset(task, task.all_pairs()).source  # (100, seq_len)
-    source = padded[:, :4]  # start, two digits, end
+    source = torch.tensor([task.encode_source(pair) for pair in task.all_pairs()])  # (100, 4)
     sizes = (task.vocab_size, options.dim, options.num_heads, options.num_layers)
     model = Transformer(*sizes).eval()
     article = ArticleTransformer(*sizes, ffn_dim=4 * options.dim, dropout=0.1).eval()
-    memory = torch.randn(*padded.shape, options.dim)
+    memory = torch.randn(len(source), task.seq_len, options.dim)  # the article's is padded
     growing = [length * eighth // 8 for eighth in (1, 3, 5, 7)]  # on average 1, 2, ..., length
     return {
         "cache": lambda: greedy_decode(

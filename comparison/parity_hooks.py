@@ -1,7 +1,8 @@
 """Where Lightning computes other numbers than train.py: each difference is one class, and a lesson.
 
-With one process, --accumulate 1 and float32 none of them is needed: plain Lightning then gives the
-same bits. A test leaves each one out in turn, and sees the numbers differ or Lightning refuse.
+With one process, --accumulate 1, --average 0 and float32 none of them is needed: Lightning then
+gives the same bits. A test leaves each one out in turn, and sees the numbers differ or Lightning
+refuse.
 """
 
 from collections.abc import Sequence

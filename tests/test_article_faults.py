@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 from metrics import read_metrics
-from samples import batch_of
+from samples import batch_of, padded_batch
 from torch.nn import functional as F
 
 import evaluate as evaluate_script
@@ -36,8 +36,7 @@ def model() -> Transformer:
 
 def padded(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """source, decoder_input and target, padded to the article's lengths 16, 15 and 15."""
-    data = PairDataset(TASK, pairs)
-    return data.source, data.target[:, :-1], data.target[:, 1:]
+    return padded_batch(TASK, pairs)
 
 
 class PositionsAlongTheBatch(Transformer):
@@ -148,10 +147,11 @@ def test_padding_is_not_in_the_accuracy(capsys):
     """An answer that is wrong from its first token to its last gets 0, not a point for every
     pad behind it."""
     target = [*TASK.answer((8, 4)), TASK.end_id]
-    wrong = Prediction((8, 4), [0, 0, 0, 0, 0, 0, TASK.end_id], target)
+    wrong = Prediction((8, 4), [0, 0, 0, 0, 0, 0, TASK.end_id], [target])
     evaluate_script.print_article_block(TASK, wrong)
     assert "accuracy    : 0\n" in capsys.readouterr().out
-    with_padding = zip(TASK.pad(wrong.tokens), TASK.pad(target), strict=True)
+    padding = [TASK.pad_id] * TASK.seq_len
+    with_padding = zip((wrong.tokens + padding)[:16], (target + padding)[:16], strict=True)
     assert sum(got == expected for got, expected in with_padding) / 16 > 0.5, (
         "what the fault would print"
     )

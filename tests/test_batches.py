@@ -35,12 +35,12 @@ def test_sizes_of_the_datasets():
 def test_training_samples_come_from_the_trained_pairs_alone():
     splits = split_pairs(TASK, 0.2, 5)
     train, val, test = make_datasets(TASK, splits, 5_000, seed=5)
-    drawn = {tuple(row) for row in train.source[train.sample_pairs][:, 1:3].tolist()}
+    drawn = {tuple(row[1:3]) for row in batch_of(train).source.tolist()}
     assert drawn == set(splits.train)
     counts = train.sample_pairs.bincount(minlength=80)
     assert counts.min() > 30 and counts.max() < 110, "about 62 of each"
     for data, pairs in ((val, splits.val), (test, splits.test)):
-        assert [tuple(row) for row in data.source[data.sample_pairs][:, 1:3].tolist()] == pairs
+        assert [tuple(row[1:3]) for row in batch_of(data).source.tolist()] == pairs
 
 
 def test_the_drawn_samples_depend_on_the_seed_alone():
@@ -64,7 +64,7 @@ def test_a_batch_is_cut_to_its_longest():
 def test_a_batch_knows_whether_its_source_is_padded():
     class OneOrTwo(Digits):
         def encode_source(self, pair):
-            return self.pad([self.start_id, *set(pair), self.end_id])  # a source of its own length
+            return [self.start_id, *set(pair), self.end_id]  # a source of its own length
 
     data = PairDataset(OneOrTwo(), [(4, 4), (5, 5), (8, 3)])
     assert not batch_of(data, [0, 1]).source_is_padded and not batch_of(data, [2]).source_is_padded
@@ -128,7 +128,7 @@ def test_updates_are_sorted_by_length_and_come_in_random_order():
 def test_sources_break_ties_of_the_target():
     class LongerSource(Digits):
         def encode_source(self, pair):
-            return self.pad([self.start_id, *pair, *[0] * pair[0], self.end_id])
+            return [self.start_id, *pair, *[0] * pair[0], self.end_id]
 
     data = PairDataset(LongerSource(), [(5, 5), (1, 1), (3, 3), (0, 1)] * 5)
     (update,) = BatchSampler(data, 20, shuffle=True).updates()

@@ -35,8 +35,15 @@ QUICK = {
     "bf16, accumulation": "--amp bf16 --accumulate 4",
     "clipping, accumulation, a short last window": "--clip-norm 0.1 --accumulate 4 --num-datas 224",
     "much dropout, separate embeddings": "--dropout 0.5 --no-tie-embeddings",
+    "the paper's recipe": "--label-smoothing 0.1 --schedule inverse-sqrt --warmup-steps 4",
+    "a file of pairs": "--pairs {pairs}",
 }
 MORE = {
+    "no averaging": "--average 0",
+    "a long average, smoothing, bf16": "--average 0.999 --label-smoothing 0.3 --amp bf16",
+    "inverse square root without warm-up": "--schedule inverse-sqrt --warmup-steps 0",
+    "three files, accumulation of 3": "--pairs {pairs} --val-pairs {val} --test-pairs {test} "
+    "--accumulate 3 --label-smoothing 0.1",
     "bf16": "--amp bf16",
     "fp16": "--amp fp16",
     "fp16, accumulation, clipping": "--amp fp16 --accumulate 2 --clip-norm 0.1 --num-datas 224",
@@ -64,19 +71,34 @@ def quiet(monkeypatch, recwarn):
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
+def write_files(folder: Path) -> dict[str, Path]:
+    """Words and their letters backwards, some with a second answer; the last batch is smaller."""
+    words = [f"{a}{b}{c}" for a in "abcd" for b in "efgh" for c in "ijkl"]
+    lines = [f"{word}\t{' '.join(reversed(word))}\n" for word in words]
+    lines += [f"{word}\t{' '.join(word)}\n" for word in words[::9]]
+    # Unknown tokens in both columns, which only the other two files have.
+    parts = {"pairs": lines[:71], "val": [*lines[60:65], "axe\tx a\n"], "test": lines[66:70]}
+    for name, part in parts.items():
+        (folder / f"{name}.tsv").write_text("".join(part), encoding="utf-8")
+    return {name: folder / f"{name}.tsv" for name in parts}
+
+
 @pytest.fixture(scope="module")
 def run_both(tmp_path_factory):
     """Both programs in this process, one after the other; train.py once for the same flags."""
     plain: dict[str, Path] = {}
+    files = write_files(tmp_path_factory.mktemp("files"))
 
     def run(flags: str = "", **twin: object) -> Parity:
+        both = [*SMALL.split(), *flags.format(**files).split()]
+        if "--pairs" in flags:
+            both.remove("--num-datas")
+            both.remove("192")
         if flags not in plain:
             folder = tmp_path_factory.mktemp("plain")
-            train.main([*SMALL.split(), *flags.split(), "--run-dir", str(folder)])
+            train.main([*both, "--run-dir", str(folder)])
             plain[flags] = folder
-        twins = train_lightning.main(
-            [*SMALL.split(), *flags.split(), "--run-dir", "lightning"], **twin
-        )
+        twins = train_lightning.main([*both, "--run-dir", "lightning"], **twin)
         return compare_runs(plain[flags], twins)
 
     return run
@@ -94,7 +116,7 @@ def test_same_numbers(name, run_both):
     assert len(set(losses)) > len(losses) / 2 > 1
     for figure in ("train/loss_epoch, epoch 1", "val/exact_match, epoch 1", "test/loss_epoch"):
         assert figure in parity.epoch_figures
-    assert {"gradient norms", "optimizer state", "random state"} <= parity.others.keys()
+    assert {"averaged weights", "optimizer state", "random state"} <= parity.others.keys()
     assert (parity.skipped[0] > 0) == (name == "fp16 with skipped updates")
 
 
@@ -108,7 +130,7 @@ def all_hooks_but(name: str) -> list[type]:
 
 
 def test_plain_lightning_needs_no_hook_in_the_simple_case(run_both):
-    parity = run_both(hooks=())
+    parity = run_both("--average 0", hooks=())
     assert set(parity.differences) == {"gradient norms"}  # Lightning throws them away
 
 
@@ -128,6 +150,12 @@ def test_without_its_hook_lightning_refuses_to_clip_for_a_fused_optimizer_in_bf1
     with pytest.raises(SystemExit):
         train_lightning.main(flags, hooks=all_hooks_but("ClipsAndKeepsTheNorm"))
     assert "does not allow for gradient clipping" in capsys.readouterr().err
+
+
+def test_without_its_hook_the_twin_judges_the_weights_of_the_start(run_both):
+    parity = run_both(hooks=all_hooks_but("AveragesWeights"))
+    assert parity.holds  # of the loop itself nothing depends on the average
+    assert {"averaged weights", "val/loss_epoch, epoch 0"} <= {*parity.differences}
 
 
 @pytest.mark.slow

@@ -46,13 +46,20 @@ def test_the_contracts_flags_and_defaults():
     names = """
         accelerator devices lr max_epochs num_datas batch_size num_heads dim debug
         num_layers ffn_dim dropout tie_embeddings num_categories seq_len holdout
-        warmup_steps weight_decay clip_norm accumulate amp compile num_workers seed
-        log_every save_top_k run_dir resume wandb wandb_project
+        pairs val_pairs test_pairs warmup_steps schedule label_smoothing average
+        weight_decay clip_norm accumulate amp compile num_workers seed
+        log_every save_every save_top_k run_dir resume wandb wandb_project
     """
     defaults = Config()
     assert set(names.split()) <= set(vars(defaults))
     assert (defaults.dim, defaults.num_heads, defaults.seed, defaults.num_layers) == (32, 1, 42, 6)
-    assert (defaults.holdout, defaults.save_top_k, defaults.tie_embeddings) == (0.2, 10, True)
+    assert (defaults.save_top_k, defaults.tie_embeddings, defaults.schedule) == (
+        10,
+        True,
+        "constant",
+    )
+    config = load_config([])[0]
+    assert (config.num_categories, config.seq_len, config.holdout) == (10, 16, 0.2)
     assert (defaults.accelerator, defaults.amp, defaults.wandb) == ("auto", "auto", "auto")
 
 

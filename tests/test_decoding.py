@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from transformer_scratch.attention import padding_mask
 from transformer_scratch.blocks import DecoderBlock
@@ -82,7 +83,8 @@ def test_sources_of_many_lengths_in_one_batch(model):
 
 def test_logits_step_by_step_equal_those_of_the_whole_prefix(model):
     tokens = torch.randint(TASK.vocab_size, (5, 9))
-    memory, mask = model.encode(SOURCE[:5]), padding_mask(SOURCE[:5], TASK.pad_id)
+    source = F.pad(SOURCE[:5], (0, 3), value=TASK.pad_id)
+    memory, mask = model.encode(source), padding_mask(source, TASK.pad_id)
     caches = [KeyValueCache(block, memory, max_len=9) for block in model.decoder]
     steps = [decode_step(model, tokens[:, t : t + 1], t, caches, mask) for t in range(9)]
     expected = model.decode(tokens, memory, mask)
@@ -153,7 +155,7 @@ def test_decoding_stops_when_all_rows_have_finished(model, monkeypatch):
 
 
 def test_an_answer_is_exact_only_as_a_whole():
-    target = [8, 7, 6, 12]
+    target = [[8, 7, 6, 12]]
     right = Prediction((8, 6), [8, 7, 6, 12], target)
     too_long = Prediction((8, 6), [8, 7, 6, 5, 12], target)
     no_end = Prediction((8, 6), [8, 7, 6], target)

@@ -71,9 +71,9 @@ def test_the_golden_losses_tell_faults_apart(losses, monkeypatch):
     def slightly_more(parameters, norm):
         return clip(parameters, 1.01 * norm)
 
-    clip, factor = torch.nn.utils.clip_grad_norm_, optimizer.warmup_factor
+    clip, factor = torch.nn.utils.clip_grad_norm_, optimizer.lr_factor
     for place, fault in (
-        ("transformer_scratch.optimizer.warmup_factor", one_update_ahead),
+        ("transformer_scratch.optimizer.lr_factor", one_update_ahead),
         ("torch.nn.utils.clip_grad_norm_", slightly_more),
     ):
         with monkeypatch.context() as patch:

@@ -7,13 +7,14 @@ from comparison.hidden_steps.remove_lines import FLAGS, INSTEAD, ON_META, measur
 
 SOURCE = (PROJECT / "train.py").read_text(encoding="utf-8")
 # Twenty updates in two epochs.
-TRAINING = "--lr 0.01 --warmup-steps 5 --amp off --wandb disabled"
+TRAINING = "--lr 0.01 --warmup-steps 5 --average 0 --amp off --wandb disabled"
 
 # What must be among the effects.
 QUICK = {
     "train mode": "losses differ from update 11 on",
     "batch to the device": "stops in batch 1: RuntimeError: ",
     "clipping": "losses differ",
+    "averaging": "val/loss_epoch",
     "zero_grad": "losses differ from update 3 on",
     "reading the loss only now and then": "the loop waits for the device 20 times instead of 2",
     "a checkpoint for resuming": "--resume goes back to update 0, not 20",

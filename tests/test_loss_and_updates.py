@@ -14,7 +14,7 @@ from transformer_scratch.checkpoint import load_checkpoint
 from transformer_scratch.digits import Digits, make_datasets, split_pairs
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
-from transformer_scratch.optimizer import make_optimizer, make_schedule, warmup_factor
+from transformer_scratch.optimizer import lr_factor, make_optimizer, make_schedule
 
 TASK = Digits()
 SMALL = ["--dim", 16, "--num-layers", 1, "--dropout", 0, "--warmup-steps", 0, "--seed", 7]
@@ -75,9 +75,9 @@ def test_the_reported_losses_are_token_means(train):
     model.load_state_dict(load_checkpoint(run / "best.pt")["model"])
     splits = split_pairs(TASK, 0.2, 7)
     for split, pairs, row in (("val", splits.val, epochs[0]), ("test", splits.test, rows[-1])):
-        whole = PairDataset(TASK, pairs)
+        whole = batch_of(PairDataset(TASK, pairs))
         with torch.no_grad():
-            expected = loss_by_hand(model(whole.source, whole.target[:, :-1]), whole.target[:, 1:])
+            expected = loss_by_hand(model(whole.source, whole.decoder_input), whole.target)
         assert row[f"{split}/loss_epoch"] == pytest.approx(expected, rel=1e-6)
         assert row[f"{split}/exact_match"] == exact_match(predict(model, TASK, pairs))
 
@@ -86,8 +86,8 @@ def test_the_reported_losses_are_token_means(train):
 
 
 def test_the_schedule_in_numbers():
-    assert [warmup_factor(update, 4) for update in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert [warmup_factor(update, 0) for update in range(3)] == [1.0, 1.0, 1.0]
+    assert [lr_factor(update, 4) for update in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [lr_factor(update, 0) for update in range(3)] == [1.0, 1.0, 1.0]
     optimizer = make_optimizer(torch.nn.Linear(1, 1), lr=0.1, weight_decay=0.0, fused=False)
     scheduler = make_schedule(optimizer, warmup_steps=5)
     rates = []

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from samples import padded_batch
 from torch import nn
 from torch.nn import functional as F
 
 from transformer_scratch.attention import MultiHeadAttention, causal_mask
-from transformer_scratch.batches import PairDataset
 from transformer_scratch.digits import Digits
 from transformer_scratch.model import Transformer, positional_encoding
 
@@ -31,8 +31,7 @@ def make_model(**settings) -> Transformer:
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ten digits with padding behind short runs: source (B, S), decoder_input and target (B, T)."""
-    data = PairDataset(TASK, [(0, 9), (4, 4), (8, 3), (2, 5)])
-    return data.source, data.target[:, :-1], data.target[:, 1:]
+    return padded_batch(TASK, [(0, 9), (4, 4), (8, 3), (2, 5)])
 
 
 # ---------------------------------------------------------------------------------------- positions

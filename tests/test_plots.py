@@ -29,7 +29,7 @@ def answers_all_right_but(task: Digits, wrong: list) -> dict:
     """Predictions for every pair; the named ones stop at once."""
     targets = {pair: [*task.answer(pair), task.end_id] for pair in task.all_pairs()}
     return {
-        pair: Prediction(pair, [task.end_id] if pair in wrong else target, target)
+        pair: Prediction(pair, [task.end_id] if pair in wrong else target, [target])
         for pair, target in targets.items()
     }
 

@@ -231,8 +231,8 @@ def test_the_articles_block(finished):
     names = [line.split(":")[0].strip() for line in lines[:6]]
     assert names == ["x", "dec_input", "target", "prediction", "accuracy", "chance rate"]
     values = [line.split(": ")[1] for line in lines[:6]]
-    assert values[0] == str([TASK.encode_source((8, 4))])
-    assert values[2] == str([TASK.encode_target((8, 4))[1:]])
+    assert values[0] == str([[11, 8, 4, 12, *[13] * 12]])
+    assert values[2] == str([[8, 7, 6, 5, 4, 12, *[13] * 9]])
     dec_input, prediction = json.loads(values[1])[0], json.loads(values[3])[0]
     assert len(dec_input) == len(prediction) == 15 and dec_input == [11, *prediction[:-1]]
     assert 0 <= float(values[4]) <= 1 and values[5] == "0.07143"

@@ -11,7 +11,7 @@ import pytest
 import wandb
 
 from transformer_scratch import plots, tracking
-from transformer_scratch.digits import Digits, split_pairs
+from transformer_scratch.digits import Digits
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import read_metrics
 
@@ -124,7 +124,7 @@ def test_weights_are_uploaded_online_and_pictures_drawn_where_someone_looks(
     task = Digits()
     model = Transformer(vocab_size=14, dim=16, num_layers=1).eval()
     run, row = SimpleNamespace(path=tmp_path / "run"), {"step": 9, "test/exact_match": 0.25}
-    tracking.log_results(run, row, model, task, split_pairs(task, 0.2, 1))
+    tracking.log_results(run, row, model, task)
     assert alerts == ["run: test exact match 25.0%"] * draws
     assert uploaded == [tmp_path / "run/best.pt"] * uploads
     assert bool(drawn) == draws

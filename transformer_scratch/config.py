@@ -202,7 +202,7 @@ def from_home(path: str, flag: str) -> str:
     Raises BadInput.
     """
     if not path:
-        raise BadInput(f"{flag} is empty: give a folder, or leave it out")
+        raise BadInput(f"{flag} is empty: give a path, or leave it out")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise BadInput(f"{flag} {path}: there is no such home folder; ./{path} is a plain folder")

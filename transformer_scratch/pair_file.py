@@ -6,7 +6,6 @@ composed (Unicode NFC), so that an accent is the same token however it was typed
 
 import hashlib
 import unicodedata
-from codecs import BOM_UTF8
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -59,11 +58,10 @@ def read_pairs(path: str, flag: str) -> PairFile:
         content = Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{flag} {path} cannot be read: {error.strerror}") from None
-    without_mark = content.removeprefix(BOM_UTF8)
     try:
-        text = normalised(without_mark.decode("utf-8"))
+        text = normalised(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        number = without_mark.count(b"\n", 0, error.start) + 1
+        number = content.count(b"\n", 0, error.start) + 1
         raise BadInput(
             f"{flag} {path}, line {number} is not UTF-8; write the file anew in that encoding"
         ) from None
@@ -83,7 +81,8 @@ def read_pairs(path: str, flag: str) -> PairFile:
 
 
 def normalised(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+    """Unicode NFC, without the byte-order marks that are left where files were joined."""
+    return unicodedata.normalize("NFC", text.replace("\ufeff", ""))
 
 
 def write_pairs(path: Path, lines: list[Line]) -> None:

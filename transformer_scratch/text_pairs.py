@@ -101,7 +101,9 @@ class TextPairs(Task):
         sources = shuffled(dict(lines), generator)
         if other_lines:
             holdout, holdout_reason, held_out = None, "the two other files", []
-            val, test = (in_order_of(shuffled(dict(part), generator), part) for part in other_lines)
+            val, test = other_lines
+            if not run:  # its copies are in this order already
+                val, test = (in_order_of(shuffled(dict(x), generator), x) for x in (val, test))
         else:
             holdout, holdout_reason = choose_holdout(config.holdout, len(sources))
             held_out = sources[: round(holdout * len(sources))]
@@ -132,7 +134,10 @@ class TextPairs(Task):
         task.samples = tuple(PairDataset(task, part) for part in (lines, val, test))
         for name, part in zip(("validation", "test"), task.samples[1:], strict=True):
             if int((part.target_tokens - 1).sum()) == 0:  # each line's end token is known
-                raise BadInput(f"no token of the {name} targets is in any training line")
+                raise BadInput(
+                    f"--pairs {config.pairs}: no token of the {name} targets is in its training "
+                    "lines; give lines that share tokens, or another --seed or --holdout"
+                )
         return task
 
     @classmethod
@@ -174,8 +179,11 @@ class TextPairs(Task):
 
     def defaults(self, config, world_size: int) -> dict[str, tuple[object, str]]:
         batch_size = min(BATCH_SIZE, self.num_samples)
-        update = (config.batch_size or batch_size) * world_size * config.accumulate
-        updates_per_epoch = math.ceil(self.num_samples / update)
+        global_batch = (config.batch_size or batch_size) * world_size
+        left_over = self.num_samples % global_batch
+        left_out = left_over if left_over < world_size else 0  # as BatchSampler does
+        trained = self.num_samples - left_out
+        updates_per_epoch = max(1, math.ceil(trained / (global_batch * config.accumulate)))
         return {
             "holdout": (self.holdout, self.reasons["holdout"]),
             "seq_len": (self.seq_len, self.reasons["seq_len"]),
@@ -225,7 +233,7 @@ class TextPairs(Task):
     def question(self, text: str) -> Pair:
         source = self.columns[0].join(self.columns[0].split(normalised(text).strip()))
         if not source:
-            raise BadInput("an empty source cannot be answered")
+            raise BadInput("an empty --source cannot be answered")
         return source, ""
 
     def source_text(self, pair: Pair) -> str:
@@ -256,7 +264,8 @@ class TextPairs(Task):
 
     def answers(self, pair: Pair) -> list[list[int]]:
         # -1 is equal to nothing that a model writes, not even to the unknown token.
-        return [[*self.encode(1, target, -1), self.end_id] for target in self.targets[pair[0]]]
+        targets = self.targets.get(pair[0], [])  # none for a source of --source
+        return [[*self.encode(1, target, -1), self.end_id] for target in targets]
 
     def tokens(self, ids: list[int]) -> list[str]:
         names = [*SPECIAL, *self.vocabulary]

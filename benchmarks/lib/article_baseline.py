@@ -114,9 +114,12 @@ class ItemDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        source = torch.tensor(self.task.encode_source(self.pairs[index]))
-        target = torch.tensor(self.task.encode_target(self.pairs[index]))
+        source = self.padded(self.task.encode_source(self.pairs[index]))
+        target = self.padded(self.task.encode_target(self.pairs[index]))
         return source, target[:-1], target[1:]
+
+    def padded(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids + [self.task.pad_id] * (self.task.seq_len - len(ids)))
 
 
 def article_loader(task: Digits, pairs: list[Pair], batch_size: int) -> DataLoader:

@@ -27,6 +27,7 @@ from transformer_scratch.batches import (
 from transformer_scratch.digits import Digits, split_pairs
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer
+from transformer_scratch.task import Pair
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 1.0
 
@@ -34,11 +35,24 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 1.0
 class PaddedDataset(PairDataset):
     """Batches fetched whole but never cut: every sequence is seq_len long."""
 
+    def __init__(self, task: Digits, pairs: list[Pair], sample_pairs: Tensor | None = None):
+        super().__init__(task, pairs, sample_pairs)
+        everything = torch.arange(len(pairs))
+        self.sources, self.targets = (
+            pad_to(sequences.padded(everything, task.pad_id), task.seq_len, task.pad_id)
+            for sequences in (self.source, self.target)
+        )
+
     def __getitem__(self, indices: BatchIndices) -> Batch:
         pairs = self.sample_pairs[indices.samples]
-        source, target = self.source[pairs], self.target[pairs]
-        num_tokens = int(self.target_lengths[indices.samples].sum())
+        source, target = self.sources[pairs], self.targets[pairs]
+        num_tokens = int(self.target_tokens[indices.samples].sum())
         return Batch(source, target[:, :-1], target[:, 1:], True, num_tokens, *indices[1:])
+
+
+def pad_to(ids: Tensor, length: int, pad_id: int) -> Tensor:
+    """(B, T) ids -> (B, length)"""
+    return nn.functional.pad(ids, (0, length - ids.size(1)), value=pad_id)
 
 
 class TorchTransformer(nn.Module):

@@ -143,6 +143,14 @@ HIDDEN = [
         twin="schedule = make_schedule(",
     ),
     Hidden(
+        "averaging",
+        without="with `--average 0.99`: the weights of the start are validated and tested",
+        lightning="a callback, `EMAWeightAveraging`, of constant decay; it puts the last weights "
+        "back before `on_validation_epoch_end`",
+        where=f"{PL}/callbacks/weight_averaging.py:on_train_batch_end",
+        twin="self.averaged = ",
+    ),
+    Hidden(
         "zero_grad",
         without="gradients pile up: train loss 0.19 → 0.45",
         lightning="between forward and backward of an update's first batch",
