@@ -1,4 +1,5 @@
-"""Time and memory of a training step as one thing grows: digits, width, depth, batch, processes.
+"""Time and memory of a training step as one thing grows: digits, width, depth, batch, processes;
+and what a file of pairs costs as it grows.
 
     python -m benchmarks.scaling
 
@@ -9,7 +10,6 @@ Digits stand for length: with D digits the longest target has D + 1 tokens.
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from benchmarks.lib.many_pairs import measure_pairs
 from benchmarks.lib.measure import (
     Options,
     Timing,
     number,
+    peak_memory,
     print_table,
     save_json,
     save_picture,
@@ -60,6 +62,7 @@ SWEEPS = {
     "processes": (1, 2),
 }
 QUICK = {"dim": (16,), "processes": (1, 2)}
+PAIRS = (1_000, 10_000, 100_000, 1_000_000)  # lines of a file
 
 
 @dataclass
@@ -70,12 +73,6 @@ class Arguments(Options):
     """Windows of three batches (short, middling, long) timed at each point."""
     rounds: int = 3
     """How often all points are measured, in turn; the median round counts."""
-
-
-def peak_memory() -> int:
-    """The most bytes this process has held so far, as Linux counts them."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def train_an_epoch(rank: int, point: Point, windows: int, num_threads: int, folder: str) -> None:
@@ -165,8 +162,28 @@ def main(arguments: list[str] | None = None) -> None:
         )
     others = ", ".join(f"{name} {value}" for name, value in asdict(standard).items())
     print_table(f"A training step as one thing grows; the others: {others}; {threads()}", rows)
-    save_json(options, "scaling", {"standard": asdict(standard), "curves": curves})
+    files = print_files((1_000,) if options.quick else PAIRS)
+    results = {"standard": asdict(standard), "curves": curves, "pairs": files}
+    save_json(options, "scaling", results)
     save_picture(options, "scaling", lambda: draw(curves))
+
+
+def print_files(sizes: tuple[int, ...]) -> dict[int, dict]:
+    """Measure files of so many pairs. -> what was measured, by size."""
+    files = {size: measure_pairs(size) for size in tqdm(sizes, desc="files", unit="file")}
+    rows = [
+        {
+            "pairs in the file": f"{size:,}",
+            "s to read": number(result["start_up"]),
+            "s to the first batch": number(result["first_batch"]),
+            "MiB at most": number(result["peak"] / 2**20),
+            "bytes kept a pair": number(result["held"] / size),
+            "samples/s fetched": result["samples/s"],
+        }
+        for size, result in files.items()
+    ]
+    print_table("A file of pairs as it grows; one thread, batches of 128", rows)
+    return files
 
 
 def draw(curves: dict[str, list[dict]]) -> object:

@@ -13,7 +13,6 @@ from conftest import PROJECT
 
 import train
 from docs.lessons import (
-    change_task,
     leave_one_out,
     many_processes,
     mistakes,
@@ -49,24 +48,29 @@ def test_the_index_names_every_page():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_command_of_the_page_shows_what_the_page_says(page, tmp_path):
-    command, *_ = blocks(page, "bash")[0].splitlines()
-    assert command.startswith("python -m docs.lessons.")
+    commands = [command.split()[1:] for command in blocks(page, "bash")[0].splitlines()]
+    assert commands[0][0] == "-m" and commands[0][1].startswith("docs.lessons.")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    finished = subprocess.run(
-        [sys.executable, *command.split()[1:]],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-    )
+    output = ""
+    for program, *arguments in commands:
+        if program != "-m":
+            program = str(PROJECT / program)
+        finished = subprocess.run(
+            [sys.executable, program, *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        )
+        assert finished.returncode == 0, finished.stderr
+        output += finished.stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert finished.returncode == 0, finished.stderr
     # A minute on two idle cores, and up to twice as long on busy ones.
     assert after.ru_utime - before.ru_utime < 120
 
-    output = iter(without_numbers(finished.stdout))
-    for line in without_numbers(blocks(page, "text")[0]):
-        assert line == "..." or line in output, (
+    lines = iter(without_numbers(output))
+    for line in without_numbers("".join(blocks(page, "text"))):
+        assert line == "..." or line in lines, (
             f"{line!r} is not in the output, or not in this order"
         )
 
@@ -238,27 +242,11 @@ def test_two_processes_take_the_steps_of_one():
     assert many_processes.main() < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("kind", "digits", "answer"),
-    [
-        (change_task.Sort, (3, 1, 2), [1, 2, 3]),
-        (change_task.Reverse, (3, 1, 2), [2, 1, 3]),
-        (change_task.Add, (7, 8, 9), [2, 4]),
-    ],
-)
-def test_other_tasks(kind, digits, answer):
-    task = kind()
-    assert task.answer(digits) == answer and len(task.all_pairs()) == 1000
-    splits = split_pairs(task, 0.2, seed=1)
-    assert len(splits.train) == 800 and not set(splits.train) & {*splits.val, *splits.test}
-    assert task.encode_source(digits)[:5] == [task.start_id, *digits, task.end_id]
-
-
-def test_the_page_shows_the_code_of_the_task():
-    [page] = [page for page in PAGES if "change" in page.name]
-    code = (PROJECT / "docs" / "lessons" / "change_task.py").read_text(encoding="utf-8")
+def test_the_page_shows_the_lines_that_write_the_file():
+    [page] = [page for page in PAGES if "your-own" in page.name]
+    code = (PROJECT / "docs" / "lessons" / "sorted_letters.py").read_text(encoding="utf-8")
     [shown] = blocks(page, "python")
-    assert shown.strip() in code
+    assert len(shown.splitlines()) == 3 and code.endswith(shown)
 
 
 def test_the_program_knows_nothing_of_the_lessons():

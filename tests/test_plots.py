@@ -11,10 +11,9 @@ from conftest import PROJECT
 
 import evaluate
 from transformer_scratch import plots
-from transformer_scratch.digits import Digits, split_pairs
+from transformer_scratch.digits import Digits
 from transformer_scratch.evaluation import Prediction
 from transformer_scratch.model import Transformer
-from transformer_scratch.task import Splits
 
 PICTURES = "answers attention_cross attention_self positions masks curves schedule"
 
@@ -70,10 +69,9 @@ def test_masks_in_the_picture_are_those_of_the_model(model):
 
 
 def test_grid_shows_right_wrong_and_held_out():
-    task = Digits()
-    splits = split_pairs(task, 0.2, seed=1)
-    held_out, trained = splits.test[0], splits.train[0]
-    figure = plots.draw_answers(task, answers_all_right_but(task, [held_out, trained]), splits)
+    task = Digits(holdout=0.2, seed=1)
+    held_out, trained = task.splits.test[0], task.splits.train[0]
+    figure = plots.draw_answers(task, answers_all_right_but(task, [held_out, trained]))
     grid = figure.axes[0].images[0].get_array()
     assert (grid == 0).sum() == 79 and (grid == 1).sum() == 19
     assert grid[trained] == 2 and grid[held_out] == 3
@@ -82,17 +80,16 @@ def test_grid_shows_right_wrong_and_held_out():
 
 @pytest.mark.parametrize(("digits", "holdout"), [(10, 0.0), (30, 0.2)])
 def test_grid_of_other_tasks(digits, holdout):
-    task = Digits(digits, digits + 6)
-    splits = split_pairs(task, holdout, seed=1)
-    figure = plots.draw_answers(task, answers_all_right_but(task, [(0, 1)]), splits)
+    task = Digits(digits, digits + 6, holdout=holdout)
+    figure = plots.draw_answers(task, answers_all_right_but(task, [(0, 1)]))
     assert figure.axes[0].images[0].get_array().shape == (digits, digits)
     assert ("never seen" in figure.get_suptitle()) == bool(holdout)
 
 
 def test_attention_maps_have_every_head_and_the_tokens_on_the_axes(model):
     task = Digits()
-    predictions = answers_all_right_but(task, [])
-    drawings = plots.draw_run(model, task, Splits(task.all_pairs(), [], []), predictions, (8, 4))
+    answers = list(answers_all_right_but(task, []).values())
+    drawings = plots.draw_run(model, task, answers, (8, 4))
     panels = drawings["attention_cross"]().axes[:4]
     assert [axes.get_title() for axes in panels] == [
         f"layer {i}, head {j}" for i in (1, 2) for j in (1, 2)

@@ -58,11 +58,9 @@ def task_of(lines: Lines, *flags: object) -> TextPairs:
 
 def three_files() -> list[str]:
     """Write the files above. -> the flags."""
-    return [
-        *("--pairs", write("train.tsv", TRAIN)),
-        *("--val-pairs", write("val.tsv", VAL)),
-        *("--test-pairs", write("test.tsv", TEST)),
-    ]
+    files = {"pairs": TRAIN, "val-pairs": VAL, "test-pairs": TEST}
+    names = ("train.tsv", "val.tsv", "test.tsv")
+    return [f"--{flag}={write(name, files[flag])}" for flag, name in zip(files, names, strict=True)]
 
 
 def words(count: int, seed: int = 0) -> list[str]:

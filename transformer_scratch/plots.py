@@ -30,11 +30,13 @@ from torch import Tensor, nn
 from transformer_scratch.attention import MultiHeadAttention, attention_weights, causal_mask
 from transformer_scratch.digits import Digits
 from transformer_scratch.evaluation import Prediction
+from transformer_scratch.fonts import choose_fonts, legible
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import read_metrics
 from transformer_scratch.task import Pair, Task
 
 BLUE, LIGHT_BLUE, RED, ORANGE, GREY = "#0072B2", "#9FD3F2", "#D55E00", "#E69F00", "#D9D9D9"
+MOST_LABELS = 30  # at a side of an attention map
 STYLE = {
     "font.size": 16,
     "axes.titlesize": 16,
@@ -95,12 +97,12 @@ def record_attention(
     return recorded
 
 
-def label_tokens(axes: Axes, columns: list[str], rows: list[str]) -> None:
-    """Name the token of every row and column; where there are many, of every second, third, ..."""
-    across, down = math.ceil(len(columns) / 12), math.ceil(len(rows) / 12)
-    axes.set_xticks(
-        range(0, len(columns), across), columns[::across], rotation=90 if len(columns) > 7 else 0
-    )
+def label_tokens(axes: Axes, columns: list[str], rows: list[str], most: int) -> None:
+    """Name the token of every row and column: of every second where there are more than most."""
+    columns, rows = ([legible(token, 16) for token in tokens] for tokens in (columns, rows))
+    across, down = (max(1, math.ceil(len(tokens) / most)) for tokens in (columns, rows))
+    fits = len(columns) <= 7 and sum(len(token) + 1 for token in columns) <= 24
+    axes.set_xticks(range(0, len(columns), across), columns[::across], rotation=0 if fits else 90)
     axes.set_yticks(range(0, len(rows), down), rows[::down])
     axes.tick_params(labelsize=14)
 
@@ -151,8 +153,7 @@ def draw_answers(task: Digits, predictions: dict[Pair, Prediction]) -> Figure:
     if wrong:
         answers = [" ".join(task.tokens(predictions[pair].tokens)) for pair in wrong[:8]]
         lines = [
-            f"{a} {b} → {textwrap.shorten(text, 24, placeholder=' …')}"
-            for (a, b), text in zip(wrong, answers, strict=False)
+            f"{a} {b} → {legible(text, 24)}" for (a, b), text in zip(wrong, answers, strict=False)
         ]
         lines += [f"… and {len(wrong) - 8} more"] if len(wrong) > 8 else []
         axes.text(
@@ -186,15 +187,18 @@ def draw_attention(
     num_heads = len(layers[0].weights)
     across = num_heads if num_heads > 1 else min(3, len(panels))
     down = math.ceil(len(panels) / across)
+    # A panel grows with its tokens, up to MOST_LABELS of them: each is to have its name.
+    width = max(2.6, 0.2 * min(len(columns), MOST_LABELS) + 0.2)
+    height = max(3.4, 0.25 * min(len(rows), MOST_LABELS) + 0.4)
     figure = Figure(
-        figsize=(max(13, 2.6 * across + 2), max(6, 3.4 * down + 1.5)), layout="constrained"
+        figsize=(max(13, width * across + 2), max(6, height * down + 2)), layout="constrained"
     )
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axes, (name, weights) in zip(grid.flat, panels, strict=False):
         axes.set_facecolor(GREY)  # shows where the mask leaves no weight
         image = axes.imshow(weights.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
         axes.set_title(name)
-        label_tokens(axes, columns, rows)
+        label_tokens(axes, columns, rows, MOST_LABELS)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     figure.colorbar(image, ax=grid, label="attention weight (a row sums to 1)", shrink=0.8)
@@ -325,7 +329,7 @@ def draw_masks(recorded: dict[str, Attention], source: list[str], written: list[
             vmax=1,
             aspect="auto",
         )
-        label_tokens(axes, columns, rows)
+        label_tokens(axes, columns, rows, most=20)
         axes.set_xticks([edge - 0.5 for edge in range(1, len(columns))], minor=True)
         axes.set_yticks([edge - 0.5 for edge in range(1, len(rows))], minor=True)
         axes.grid(which="minor", color="white")
@@ -344,33 +348,44 @@ def draw_run(
 
     -> by file name, the functions that draw the pictures, for save_pictures.
     """
+    # It takes its colours from this file, which can therefore not import it earlier.
+    from transformer_scratch import plots_text
+
     predictions = {answer.pair: answer for answer in answers}
     source, answer = task.encode_source(example), predictions[example].tokens
-    asked = textwrap.shorten(
-        f"{task.source_text(example)} → {' '.join(task.tokens(answer))}", 40, placeholder=" …"
-    )
     written = [task.start_id, *answer[:-1]]
     padding = [task.pad_id] * 3
+    if isinstance(task, Digits):
+        source_tokens = task.tokens(source)
+        drawings = {"answers": lambda: draw_answers(task, predictions)}
+    else:
+        source_tokens = plots_text.source_tokens(task, example)
+        drawings = {
+            "errors_by_length": lambda: plots_text.draw_errors_by_length(task, answers),
+            "confusions": lambda: plots_text.draw_confusions(task, answers),
+        }
 
-    def attention(kind: str, looked_at: list[int], title: str) -> Figure:
+    def attention(kind: str, columns: list[str], title: str) -> Figure:
         recorded = record_attention(model, source, written)
-        columns, rows = task.tokens(looked_at), task.tokens(answer)
-        return draw_attention(recorded, kind, columns, rows, f"{title} {asked}")
+        rows = task.tokens(answer)
+        asked = f"{legible(task.source_text(example), 32)} → {legible(' '.join(rows), 40)}"
+        return draw_attention(recorded, kind, columns, rows, f"{title}\n{asked}")
 
     def masks() -> Figure:
-        padded = source + padding, written + padding
-        recorded = record_attention(model, *padded)
-        return draw_masks(recorded, *(task.tokens(ids) for ids in padded))
+        recorded = record_attention(model, source + padding, written + padding)
+        pads = task.tokens(padding)
+        return draw_masks(recorded, source_tokens + pads, task.tokens(written) + pads)
 
-    drawings = {}
-    if isinstance(task, Digits):
-        drawings["answers"] = lambda: draw_answers(task, predictions)
     return drawings | {
         "attention_cross": lambda: attention(
-            "cross_attention", source, "Where the decoder looks in the question while it answers"
+            "cross_attention",
+            source_tokens,
+            "Where the decoder looks in the question while it answers",
         ),
         "attention_self": lambda: attention(
-            "self_attention", written, "Where the decoder looks in its own answer so far,"
+            "self_attention",
+            task.tokens(written),
+            "Where the decoder looks in its own answer so far",
         ),
         "positions": lambda: draw_positions(model.positions[: task.seq_len].cpu()),
         "masks": masks,
@@ -404,7 +419,9 @@ def save_pictures(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with rc_context(settings | style):
-                draw().savefig(file)
+                figure = draw()
+                choose_fonts(figure)
+                figure.savefig(file)
             files.append(file)
         except Exception as error:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

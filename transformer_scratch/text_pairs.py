@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from transformer_scratch.batches import PairDataset
+from transformer_scratch.commands import shorter
 from transformer_scratch.errors import BadInput
 from transformer_scratch.pair_file import (
     Column,
@@ -201,8 +202,8 @@ class TextPairs(Task):
         else:
             asked = f"{len(splits.val):,} validation and {len(splits.test):,} test sources"
         rows = {
-            "data": f"{self.path}: {self.num_samples:,} training lines, {self.num_sources:,} "
-            f"sources; {asked}",
+            "data": f"{shorter(self.path)}: {self.num_samples:,} training lines, "
+            f"{self.num_sources:,} sources; {asked}",
             "held out": self.reasons["holdout"],
             "tokens": f"{len(self.vocabulary):,} known; sources are cut {self.columns[0]}, targets "
             f"{self.columns[1]}",

@@ -112,6 +112,12 @@ def machine() -> dict:
     }
 
 
+def peak_memory() -> int:
+    """The most bytes this process has held so far, as Linux counts them."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def print_table(title: str, rows: list[dict]) -> None:
     """A Markdown table, to be copied into docs/performance.md as it is."""
     columns = list(rows[0])

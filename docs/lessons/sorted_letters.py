@@ -1,0 +1,8 @@
+"""Lesson 7: a file of pairs to train on: words of random letters, and the same letters sorted."""
+
+import random
+
+draw = random.Random(1)
+words = {"".join(draw.choices("abcdefghij", k=draw.randint(3, 7))) for _ in range(4_000)}
+with open("sorted.tsv", "w", encoding="utf-8") as file:
+    file.writelines(f"{word}\t{''.join(sorted(word))}\n" for word in sorted(words))
