@@ -251,6 +251,20 @@ def test_with_the_two_other_files_the_first_is_trained_on_whole():
     assert seen == {"kat", "tak", "ak", "take"}
 
 
+def test_a_trained_source_is_seen_even_where_it_is_not_among_those_asked(monkeypatch):
+    """Of 40 trained sources 3 are asked, and the two files ask two trained ones as well."""
+    monkeypatch.setattr(text_pairs, "MOST_ANSWERS", 3)
+    lines = turned_round(41)
+    flags = ["--pairs", write("train.tsv", lines[:40])]
+    asked_anyway = sources(load(*flags, "--holdout", 0)[1].asked.train)
+    first, second, *_ = [line for line in lines[:40] if line[0] not in asked_anyway]
+    flags += ["--val-pairs", write("val.tsv", [first])]
+    task = load(*flags, "--test-pairs", write("test.tsv", [second, lines[40]]))[1]
+    assert sources(task.asked.train) == asked_anyway and len(asked_anyway) == 3
+    seen = sources(filter(task.was_trained, task.splits.every()))
+    assert seen == asked_anyway | sources([first, second]) and len(seen) == 5
+
+
 # ------------------------------------------------------------------------------ samples of an epoch
 
 
@@ -339,7 +353,7 @@ def test_what_is_chosen_for_a_file_is_printed_with_its_reason(capsys):
     assert chosen == (0.1, 36, 3_000, 8)
     rows = printed(config, task, reasons, capsys)
     assert rows["data"] == (
-        f"{Path.cwd()}/pairs.tsv: 36 training lines, 36 sources; 2 validation and 2 test sources"
+        "pairs.tsv: 36 training lines, 36 sources; 2 validation and 2 test sources"
     )
     assert rows["tokens"].startswith("5 known; sources are cut into characters, targets into")
     assert rows["seq_len"] == "8 (the longest line and two)"

@@ -73,17 +73,18 @@ class Config:
     accumulate: int = 1
     """Batches whose gradients make up one update."""
     lr: float | None = None
-    """Learning rate of AdamW after the warm-up. None: 1e-3 x (32 / --dim)^(5/6)."""
+    """Learning rate of AdamW after the warm-up. None: 3e-3 x (32 / --dim)^(6/5)."""
     warmup_steps: int = 100
     """Updates over which the learning rate rises linearly to --lr. 0 = off."""
     schedule: Literal["constant", "inverse-sqrt"] = "constant"
     """After the warm-up: constant, or --lr x sqrt(--warmup-steps / update) as in section 5.3."""
-    label_smoothing: float = 0.0
-    """Share of the target's probability spread over all tokens (section 5.4: 0.1). 0 = off."""
+    label_smoothing: float = 0.1
+    """Share of the target's probability that is spread over all tokens in training (section 5.4).
+    0 = off."""
     average: float = 0.99
     """Decay of the moving average of the weights, which is what is validated, tested and kept as
     best (after section 6.1). 0 = off."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.5
     """Weight decay of AdamW. 0 = off."""
     clip_norm: float = 1.0
     """Scale gradients down to this L2 norm. 0 = off."""
@@ -343,9 +344,9 @@ def choose_open_settings(
     read, when a batch is larger than an epoch, or when the accelerator is not there.
     """
     task = make_task(config, checkpoint)
-    lr = float(f"{1e-3 * (32 / config.dim) ** (5 / 6):.3g}")
+    lr = float(f"{3e-3 * (32 / config.dim) ** (6 / 5):.3g}")
     defaults = {
-        "lr": (lr, "1e-3 x (32 / dim)^(5/6)"),
+        "lr": (lr, "3e-3 x (32 / dim)^(6/5)"),
         "ffn_dim": (4 * config.dim, "4 x dim, the paper's ratio"),
         "wandb_project": (default_project(), ""),
         **task.defaults(config, processes.world_size),

@@ -20,6 +20,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 OWN = "DejaVu Sans"  # comes with matplotlib
+WEIGHTS = range(300, 501)  # light to medium; 400 is regular
 DOTTED_CIRCLE = "\u25cc"  # what an accent is written on where it stands alone
 
 
@@ -83,9 +84,12 @@ def font_with(character: str) -> str | None:
     for font in fontManager.ttflist:
         if (
             "lastresort" not in font.name.lower().replace(" ", "")  # its glyphs are boxes
+            # Texts are upright and not bold. So only a few of each family's files are read.
+            and font.style == "normal"
+            and font.weight in WEIGHTS
             and ord(character) in characters(font.fname)
             and has_ink(font.fname, character)
-            # A text asks for a family, and of its files gets this one: the bold one may have less.
+            # A text asks for a family, and of its files gets this one: another may have less.
             and findfont(font.name) == font.fname
         ):
             return font.name

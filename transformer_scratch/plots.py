@@ -332,7 +332,8 @@ def draw_masks(recorded: dict[str, Attention], source: list[str], written: list[
         label_tokens(axes, columns, rows, most=20)
         axes.set_xticks([edge - 0.5 for edge in range(1, len(columns))], minor=True)
         axes.set_yticks([edge - 0.5 for edge in range(1, len(rows))], minor=True)
-        axes.grid(which="minor", color="white")
+        most = max(len(columns), len(rows))
+        axes.grid(which="minor", color="white", linewidth=min(0.8, 30 / most))
         axes.tick_params(which="minor", length=0)
         axes.set(title=title, xlabel="token looked at (key)", ylabel="token that looks (query)")
     handles = [Patch(color=BLUE, label="may look"), Patch(color=GREY, label="hidden by the mask")]

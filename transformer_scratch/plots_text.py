@@ -118,7 +118,7 @@ def draw_confusions(task: TextPairs, answers: list[Prediction]) -> Figure:
     """The most frequent mistakes in answers to questions that were never trained."""
     unseen = [answer for answer in answers if not task.was_trained(answer.pair)]
     asked = unseen or answers  # where nothing was held out
-    kind = "never seen in training" if unseen else "that were trained"
+    kind = "never seen in training" if unseen else "of the training set"
     counts = count_confusions(task, asked)
     shown = counts.most_common(MOST_CONFUSIONS)
     figure = Figure(figsize=(14, max(6, 0.4 * len(shown) + 3)), layout="constrained")
