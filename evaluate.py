@@ -214,7 +214,8 @@ def print_summary(
         )
     else:
         print("unseen pairs    none: this run trained on every pair (--holdout 0)")
-    print(f"test pairs      {result['token_error_rate']:.2%} of the tokens would have to be edited")
+    wrong = f"{1 - result['exact_match_test']:.2%} of the answers"
+    print(f"test errors     {wrong}, {result['token_error_rate']:.2%} of the tokens (edits)")
     tokens = f"{result['token_accuracy']:.1%} of the tokens right"
     print(f"all pairs       {tokens}, loss {result['loss']:.4f}")
     wrong = [answer for answer in predictions.values() if not answer.exact]

@@ -24,7 +24,8 @@ SETTINGS = (
     "--accelerator cpu --amp off --seed 1 --dim 32 --num-heads 2 --num-layers 2 --ffn-dim 128 "
     "--dropout 0 --num-categories 10 --seq-len 16 --holdout 0.2 --num-datas 2560 "
     "--batch-size 128 --max-epochs 1 --lr 0.003 "
-    "--warmup-steps 10 --weight-decay 0.1 --clip-norm 1 --accumulate 1 --wandb disabled"
+    "--warmup-steps 10 --weight-decay 0.1 --clip-norm 1 --accumulate 1 "
+    "--label-smoothing 0 --average 0 --wandb disabled"
 )
 
 

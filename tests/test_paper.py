@@ -133,7 +133,7 @@ def test_parameters(parameters):
 def test_learning_rates():
     assert f"{(512 * 4_000) ** -0.5:.3g}" == rows()["--lr"][0]
     assert f"{load_config([])[0].lr:g} at width 32" in TEXT
-    assert f"{load_config(BASE_MODEL)[0].lr:.7f} at 512" in TEXT
+    assert f"{load_config(BASE_MODEL)[0].lr:.3g} at 512" in TEXT
     for step in (1, 100, 4_000, 5_000, 100_000):  # equation (3)
         by_paper = 512**-0.5 * min(step**-0.5, step * 4_000**-1.5)
         ours = (512 * 4_000) ** -0.5 * lr_factor(step - 1, 4_000, "inverse-sqrt")

@@ -2,13 +2,15 @@
 
 import warnings
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
+from matplotlib.font_manager import findfont, fontManager
 
+import evaluate
 from transformer_scratch import fonts, plots, plots_text
 from transformer_scratch.evaluation import Prediction
 from transformer_scratch.fonts import legible
@@ -274,6 +276,7 @@ def kana_in_serif(only_dejavu, monkeypatch):
     only_dejavu.append(font("Gone", "/no/such/font.ttf"))
     only_dejavu.append(font("Last Resort", SERIF))
     only_dejavu.append(font("DejaVu Serif", SERIF, weight=700))
+    only_dejavu.append(font("DejaVu Sans Mono", SERIF))  # a family for which another file is taken
     only_dejavu.append(font("DejaVu Serif", SERIF))
     read, opened = fonts.characters, []
 
@@ -295,6 +298,18 @@ def test_an_installed_font_is_taken_where_it_has_the_character(kana_in_serif):
     assert other.get_fontfamily() == [*before, "DejaVu Serif"]
 
 
+def test_a_font_that_comes_with_matplotlib_is_found_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fonts, "fontManager", fontManager)
+    assert fonts.font_with("𝒜") == "STIXGeneral"
+    figure = Figure(layout="constrained")
+    plots.label_tokens(figure.subplots(), ["𝒜", "あ"], ["a"], most=9)
+    figure.suptitle(legible("𝒜 a"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plots.save_pictures({"one": lambda: figure}, tmp_path)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_tokens_of_the_axes_get_the_font_too(kana_in_serif, tmp_path):
     """Where axes make their labels anew, the font would be lost."""
     figure = Figure()
@@ -308,10 +323,28 @@ def test_the_tokens_of_the_axes_get_the_font_too(kana_in_serif, tmp_path):
 
 
 def test_no_other_font_is_opened_where_dejavu_sans_has_all(kana_in_serif):
-    legible("tɕã → x")
+    legible("tɕã → x\n\ue000")  # what is not printable is not looked for
     assert {*kana_in_serif} == {DEJAVU}
 
 
 def test_a_glyph_without_ink_is_none(kana_in_serif, monkeypatch):
     monkeypatch.setattr(fonts, "has_ink", lambda file, character: file != SERIF)
     assert legible("あ") == "U+3042"
+
+
+@pytest.mark.slow
+def test_evaluate_draws_the_pictures_of_a_file_without_a_word(train, tmp_path, capsys):
+    Path("kana.tsv").write_text(
+        "".join(f"{kana}$\tk ã̠ {kana}\n" for kana in "あいうえお"), encoding="utf-8"
+    )
+    train("--pairs=kana.tsv", "--dim=8", "--num-layers=1", "--max-epochs=1", "--run-dir=run")
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate.main(["--run", "run"])
+    names = "errors_by_length confusions attention_cross attention_self positions masks"
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    pictures = [f"{name}.png" for name in [*names.split(), "curves", "schedule"]]
+    assert f"pictures        {', '.join(pictures)}\n" in captured.out
+    assert {file.name for file in (tmp_path / "run/pictures").iterdir()} == {*pictures}

@@ -17,7 +17,7 @@ from transformer_scratch.processes import ALONE
 
 READMES = ["README.md", "README.ja.md"]
 PROGRAMS = {"python", "python3", "make", "torchrun", "docker", "cp", "wandb", "pytest", "pip"}
-PROJECT_MODULES = ("benchmarks", "comparison", "docs", "exercises", "tests")
+PROJECT_MODULES = ("benchmarks", "comparison", "docs", "examples", "exercises", "tests")
 
 
 def read(name: str) -> str:

@@ -4,6 +4,7 @@ bit."""
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -15,7 +16,9 @@ from metrics import read_metrics, step_losses
 import train_minimal
 from transformer_scratch.checkpoint import load_checkpoint
 
-FEATURES_OFF = ["--clip-norm", "0", "--warmup-steps", "0", "--average", "0", "--amp", "off"]
+FEATURES_OFF = shlex.split(
+    "--label-smoothing 0 --clip-norm 0 --warmup-steps 0 --average 0 --amp off"
+)
 SETTINGS = {
     "SEED": 7,
     "DIM": 16,

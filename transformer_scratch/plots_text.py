@@ -80,7 +80,7 @@ def draw_errors_by_length(task: TextPairs, answers: list[Prediction]) -> Figure:
     handles, labels = top.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     parts = [f"{right[kind].total():,} of {asked[kind].total():,} {kind}" for kind in kinds]
-    figure.suptitle("Are long questions harder? Right answers: " + ", ".join(parts))
+    figure.suptitle("Are long questions harder?\nWhole answers right: " + ", ".join(parts))
     return figure
 
 

@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     logits_seen = []
     hook = model.output.register_forward_hook(lambda *call: logits_seen.append(call[-1]))
     with autocast:
-        loss = token_loss(model, batch, task.pad_id)
+        loss = token_loss(model, batch, task.pad_id, config.label_smoothing)
     hook.remove()
     weights, logits = describe(model.output.weight), describe(logits_seen[0])
     guess = math.log(task.vocab_size)
