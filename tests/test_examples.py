@@ -43,7 +43,7 @@ def test_every_word_is_in_one_file_with_all_its_pronunciations(dictionary, capsy
     assert len(set.union(*words.values())) == 12, "no word is in two files"
     spoken = [phonemes for lines in files.values() for word, phonemes in lines if word == "record"]
     assert sorted(spoken) == ["R AH K AO R D", "R EH K ER D"]
-    assert ("'tis", "T IH Z") in sum(files.values(), [])
+    assert any(("'tis", "T IH Z") in lines for lines in files.values())
     assert capsys.readouterr().out.count(" words") == 3
 
 

@@ -235,7 +235,10 @@ def keep_saved_settings(saved: Config, given: Config) -> Config:
         chosen_at_start = new == "auto" and field.name in ("accelerator", "amp")
         if new is None or chosen_at_start:
             given = dataclasses.replace(given, **{field.name: old})
-        elif old != new and field.name not in CHANGEABLE_ON_RESUME:
+            continue
+        # --pairs may name another place of the same file, but not a file instead of digits.
+        changeable = field.name in CHANGEABLE_ON_RESUME and (field.name, old) != ("pairs", None)
+        if old != new and not changeable:
             changed.append(f"{flag(field.name)} (it was {old}, now {new})")
     if changed:
         allowed = ", ".join(flag(name) for name in sorted(CHANGEABLE_ON_RESUME - {"resume"}))

@@ -29,7 +29,7 @@ class Prediction:
     @cached_property
     def nearest(self) -> list[int]:
         """The right answer that takes the fewest edits."""
-        return min(self.targets, key=lambda target: edit_distance(self.tokens, target))
+        return min(self.targets, key=self.edits_to)
 
     @property
     def token_matches(self) -> int:
@@ -37,8 +37,12 @@ class Prediction:
 
     @property
     def edits(self) -> int:
-        """How many it takes to turn the answer into the nearest right one, the end token aside."""
-        *right, end = self.nearest
+        """How many it takes to turn the answer into the nearest right one."""
+        return self.edits_to(self.nearest)
+
+    def edits_to(self, target: list[int]) -> int:
+        """Of tokens, the end token aside."""
+        *right, end = target
         return edit_distance([token for token in self.tokens if token != end], right)
 
 

@@ -226,7 +226,7 @@ def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
     left.plot(
         *points("train/loss_step"),
         color="#999999",
-        label="training, each update\n(with dropout)",
+        label="training, each update\n(dropout, smoothed labels)",
         linewidth=1.5,
     )
     left.plot(*points("train/loss_epoch"), "o-", color=ORANGE, label="training, mean of the epoch")

@@ -49,6 +49,9 @@ def print_start(
         "epochs": f"{config.max_epochs}{why('max_epochs')} of {task.num_samples:,} samples, "
         f"{samples_per_update} an update{why('batch_size')}",
         "lr": lr,
+        "judged": f"a moving average of the weights, of decay {config.average:g}"
+        if config.average
+        else "the weights as trained",
         "chance": f"a token guessed at random is right one time in {model.output.out_features}",
         "run": f"{run.path}{' (resumed)' if run.resumed else ''}",
         "wandb": where_to_look,
