@@ -112,10 +112,12 @@ def epoch_files(folder: Path) -> list[Path]:
 
 
 @torch.inference_mode()
-def mean_loss(model: Transformer, dataset: PairDataset, device: torch.device) -> float:
+def mean_loss(
+    model: Transformer, dataset: PairDataset, device: torch.device, batch_size: int = 128
+) -> float:
     """The teacher-forced cross-entropy, as in training: its mean over all target tokens."""
     loss_sum, num_tokens = 0.0, 0
-    for batch in make_loader(BatchSampler(dataset, batch_size=1_000)):
+    for batch in make_loader(BatchSampler(dataset, batch_size)):
         batch = batch.to(device)
         logits = model(batch.source, batch.decoder_input, batch.source_is_padded)  # (B, T, V)
         loss = F.cross_entropy(
@@ -140,7 +142,7 @@ def chosen_pair(arguments: Arguments, task: Task) -> Pair:
     return task.question(" ".join(map(str, arguments.pair)))
 
 
-def questions(arguments: Arguments, task: Task) -> Iterator[Pair]:
+def sources_to_answer(arguments: Arguments, task: Task) -> Iterator[Pair]:
     """The sources to answer. Raises BadInput where the task has no such one."""
     if arguments.source != ("-",):
         yield from map(task.question, arguments.source)
@@ -165,7 +167,7 @@ def print_article_block(task: Task, prediction: Prediction) -> None:
     print(f"x           : [{padded(task.encode_source(prediction.pair), task.seq_len)}]")
     # What the decoder was fed: its own answer.
     print(f"dec_input   : [{[task.start_id, *decoded[:-1]]}]")
-    print(f"target      : [{padded(task.encode_target(prediction.pair)[1:], length)}]")
+    print(f"target      : [{padded(prediction.nearest, length)}]")
     print(f"prediction  : [{decoded}]")
     print(f"accuracy    : {prediction.token_matches / len(prediction.nearest):.4g}")
     print(f"chance rate : {1 / task.vocab_size:.4g}")
@@ -213,7 +215,7 @@ def print_summary(
             f"test {result['exact_match_test']:.1%})"
         )
     else:
-        print("unseen pairs    none: this run trained on every pair (--holdout 0)")
+        print("unseen pairs    none: this run trained on every pair that is asked")
     wrong = f"{1 - result['exact_match_test']:.2%} of the answers"
     print(f"test errors     {wrong}, {result['token_error_rate']:.2%} of the tokens (edits)")
     tokens = f"{result['token_accuracy']:.1%} of the tokens right"
@@ -256,8 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     device, _ = choose_device(arguments.accelerator)
     choose_threads(config.dim, config.batch_size)
     keep_freed_memory()
-    task = load_task(config, content, folder)
-    example = chosen_pair(arguments, task)
+    task = load_task(config, content, None if arguments.source else folder)
 
     model = Transformer.from_config(config, task).to(device)
     # Where the weights are averaged, last.pt holds both; best.pt holds those that were judged.
@@ -266,16 +267,18 @@ def main(arguments: list[str] | None = None) -> None:
     decoding = {"beam": arguments.beam, "length_penalty": arguments.length_penalty}
 
     if arguments.source:
-        pairs = questions(arguments, task)
-        while chunk := list(itertools.islice(pairs, ANSWERS_AT_ONCE)):
+        pairs = sources_to_answer(arguments, task)
+        at_once = 1 if sys.stdin.isatty() else ANSWERS_AT_ONCE  # whoever types wants the answer now
+        while chunk := list(itertools.islice(pairs, at_once)):
             for answer in predict(model, task, chunk, **decoding):
-                print(f"{task.source_text(answer.pair)}\t{task.text(answer.tokens)}")
+                print(f"{task.source_text(answer.pair)}\t{task.text(answer.tokens)}", flush=True)
         return
 
+    example = chosen_pair(arguments, task)
     pairs = task.splits.every()
     answers = predict(model, task, pairs, **decoding)
     predictions = dict(zip(pairs, answers, strict=True))
-    loss = mean_loss(model, PairDataset(task, task.every_line()), device)
+    loss = mean_loss(model, PairDataset(task, task.every_line()), device, config.batch_size)
     result = results(predictions, task, loss, arguments.beam)
     print_article_block(task, predictions[example])
     said = f"{task.source_text(example)} -> {task.text(predictions[example].tokens)}"

@@ -42,7 +42,6 @@ from transformer_scratch.progress import Progress
 from transformer_scratch.random_state import RandomState, seed_everything
 from transformer_scratch.run_folder import RunFolder
 from transformer_scratch.signals import Signals
-from transformer_scratch.task import MOST_ANSWERS
 from transformer_scratch.tracking import in_background, log_results, log_table, start_wandb
 
 
@@ -158,11 +157,11 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint and checkpoint["epoch"] >= config.max_epochs and run.is_finished():
         summary.print_finished(run, config)
         return
+    run.keep_pairs(task)
     if checkpoint:
         run.restore(everything, checkpoint)
     else:
         # Saved before the first update, so that a run can be resumed whatever happens to it.
-        run.keep_pairs(task)
         run.save(everything)
 
     where_to_look = start_wandb(config, run, signals)
@@ -174,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------- 5. The epochs
 
     for epoch in range(progress.epoch, config.max_epochs):
-        # Train mode switches dropout on; validation has switched it off.
+        # Train mode switches dropout on. Validation has switched it off, where it judges `model`.
         model.train()  # [hidden: train mode]
 
         # The order depends on seed and epoch alone; a resumed run skips the batches it has done.
@@ -278,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         loss_sum, num_tokens, val_losses = evaluate(judged, val_loader, autocast, device)
         row["val/loss_epoch"] = processes.mean(loss_sum, num_tokens)  # [hidden: validation]
         with autocast:
-            answers = predict(judged, task, splits.val[:MOST_ANSWERS])
+            answers = predict(judged, task, splits.val[: task.most_answers])
         row["val/exact_match"] = exact_match(answers)
         run.write(row)
 
@@ -303,7 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Test the weights one would use: those with the best validation loss.
     bar.close()
     best = run.load_best(progress.ranking)
-    judged.load_state_dict(best["model"])  # [hidden: the best weights, not the last]
+    weights = best.get("averaged") or best["model"]  # the first where only last.pt is left
+    judged.load_state_dict(weights)  # [hidden: the best weights, not the last]
     judged.eval()
     loss_sum, num_tokens, test_losses = evaluate(judged, test_loader, autocast, device)
     with autocast:

@@ -70,7 +70,7 @@ class ClipsAndKeepsTheNorm:
 
 
 class AveragesWeights:
-    """The weights' moving average, in the paper's place: it is validated, tested and kept as best.
+    """The moving average of the weights: it is what is validated, tested and kept as best.
 
     Lightning has a callback for it, EMAWeightAveraging. Its decay is the same from the first update
     on, and it puts the last weights back before the exact match is counted.

@@ -37,7 +37,7 @@ from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.processes import start_processes
 from transformer_scratch.run_folder import RUNS
-from transformer_scratch.task import MOST_ANSWERS, Pair, Task
+from transformer_scratch.task import Pair, Task
 from transformer_scratch.tracking import choose_mode, define_axes, settings_of_run
 
 
@@ -103,7 +103,7 @@ class LitTransformer(pl.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        self.log_exact_match("val", self.task.splits.val[:MOST_ANSWERS])
+        self.log_exact_match("val", self.task.splits.val[: self.task.most_answers])
 
     def on_test_epoch_end(self) -> None:
         self.log_exact_match("test", self.task.splits.test)

@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 from transformer_scratch.commands import path_argument, python_command
+from transformer_scratch.config import from_home
 from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.pair_file import Line, write_pairs
 
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not 2 <= arguments.words <= len(train):
             raise BadInput(f"--words {arguments.words} must be from 2 to {len(train)}")
         train = train[: arguments.words]
-    folder = Path(arguments.folder).expanduser()
+    folder = Path(from_home(arguments.folder, "--folder"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in zip(NAMES, (train, validation, test), strict=True):

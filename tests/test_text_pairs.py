@@ -203,7 +203,7 @@ def test_a_tenth_of_the_sources_is_held_out_half_and_half():
     assert [len(data) for data in task.datasets()] == list(map(len, task.asked))
     splits = task.splits
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [54, 3, 3]
-    assert task.holdout == 0.1 and not splits.nothing_held_out and not task.trained
+    assert task.training.holdout == 0.1 and not splits.nothing_held_out and not task.trained
 
 
 def test_of_an_odd_number_the_test_gets_one_more():
@@ -229,7 +229,10 @@ def test_at_most_10_000_sources_are_held_out(num_sources):
 
 @pytest.mark.parametrize(
     ("count", "flags", "reason"),
-    [(30, ["--holdout", 0], "none, as asked"), (19, [], "none: fewer than 20 sources")],
+    [
+        (30, ["--holdout", 0], "none, as asked"),
+        (14, [], "none: 0.1 of 14 sources is too few for two splits"),
+    ],
 )
 def test_where_nothing_is_held_out_all_share_all_lines(count, flags, reason):
     lines = [*turned_round(count), (words(count)[0], "another")]
@@ -253,7 +256,7 @@ def test_with_the_two_other_files_the_first_is_trained_on_whole():
 
 def test_a_trained_source_is_seen_even_where_it_is_not_among_those_asked(monkeypatch):
     """Of 40 trained sources 3 are asked, and the two files ask two trained ones as well."""
-    monkeypatch.setattr(text_pairs, "MOST_ANSWERS", 3)
+    monkeypatch.setattr(text_pairs, "NUM_TRAINED_ASKED", 3)
     lines = turned_round(41)
     flags = ["--pairs", write("train.tsv", lines[:40])]
     asked_anyway = sources(load(*flags, "--holdout", 0)[1].asked.train)
@@ -408,9 +411,9 @@ def test_the_number_of_epochs_comes_nearest_to_3_000_updates(
     assert chosen["max_epochs"] == best
 
 
-def test_more_than_3_000_updates_of_an_epoch_are_one_epoch():
+def test_more_than_3_000_updates_of_an_epoch_are_one_epoch(monkeypatch):
     task = task_of(turned_round(40), "--holdout", 0)
-    task.num_samples = 7_000
+    monkeypatch.setattr(text_pairs.TextPairs, "num_samples", 7_000)
     given = SimpleNamespace(batch_size=1, accumulate=1)
     assert task.defaults(given, 1)["max_epochs"][0] == 1
 
@@ -587,8 +590,8 @@ def test_checkpoint_last_is_judged_by_its_averaged_weights(trained, monkeypatch,
 
 def test_a_large_split_is_asked_in_part(monkeypatch, train):
     """3 sources in place of 1,000: after an epoch, and of those that are trained."""
-    for module in (train_script, text_pairs):
-        monkeypatch.setattr(module, "MOST_ANSWERS", 3)
+    monkeypatch.setattr(text_pairs, "NUM_TRAINED_ASKED", 3)
+    monkeypatch.setattr(text_pairs.TextPairs, "most_answers", 3)
     asked = []
     predict = train_script.predict
 
@@ -613,7 +616,7 @@ def test_a_large_split_is_asked_in_part(monkeypatch, train):
 
 
 def test_which_trained_sources_are_asked_is_up_to_the_seed(monkeypatch):
-    monkeypatch.setattr(text_pairs, "MOST_ANSWERS", 3)
+    monkeypatch.setattr(text_pairs, "NUM_TRAINED_ASKED", 3)
     asked = {
         frozenset(sources(task_of(turned_round(40), "--holdout", 0, "--seed", seed).asked.train))
         for seed in range(5)

@@ -23,10 +23,11 @@ from transformer_scratch.task_of_run import make_task
 
 @dataclass
 class Config:
-    """Train a Transformer, written from scratch, to count from one digit to another.
+    """Train a Transformer, written from scratch, to count from one digit to another, or on a file
+    of your own pairs.
 
-    Flags may be written with dashes or underscores. None means: chosen by size or hardware, and
-    printed at the start together with the reason.
+    Flags may be written with dashes or underscores. None means: chosen by task, size or hardware,
+    and printed at the start together with the reason.
     """
 
     # ---- the model, in the paper's terms
@@ -241,7 +242,8 @@ def keep_saved_settings(saved: Config, given: Config) -> Config:
         if old != new and not changeable:
             changed.append(f"{flag(field.name)} (it was {old}, now {new})")
     if changed:
-        allowed = ", ".join(flag(name) for name in sorted(CHANGEABLE_ON_RESUME - {"resume"}))
+        not_named = {"resume"} if saved.pairs else {"resume", "pairs"}
+        allowed = ", ".join(flag(name) for name in sorted(CHANGEABLE_ON_RESUME - not_named))
         raise BadInput(
             f"{', '.join(changed)} cannot change in a resumed run. Leave it out, or start a new "
             f"run. These may change: {allowed}"

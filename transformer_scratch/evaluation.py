@@ -29,16 +29,18 @@ class Prediction:
     @cached_property
     def nearest(self) -> list[int]:
         """The right answer that takes the fewest edits."""
-        return min(self.targets, key=self.edits_to)
+        if self.exact:
+            return self.tokens
+        return min(self.targets, key=self.edits_to) if len(self.targets) > 1 else self.targets[0]
 
     @property
     def token_matches(self) -> int:
         return sum(got == right for got, right in zip(self.tokens, self.nearest, strict=False))
 
-    @property
+    @cached_property
     def edits(self) -> int:
         """How many it takes to turn the answer into the nearest right one."""
-        return self.edits_to(self.nearest)
+        return 0 if self.exact else self.edits_to(self.nearest)
 
     def edits_to(self, target: list[int]) -> int:
         """Of tokens, the end token aside."""
@@ -58,6 +60,10 @@ def edit_distance(a: list[int], b: list[int]) -> int:
     return distances[-1]
 
 
+# Numbers that the key-value caches of a batch may hold: half a GiB of float32.
+MOST_CACHED = 2**27
+
+
 def predict(
     model: Transformer,
     task: Task,
@@ -71,6 +77,9 @@ def predict(
     beam: hypotheses that are followed; with 1 the decoding is greedy.
     """
     device = next(model.parameters()).device
+    # Keys and values, of the source and of the answer, in every block.
+    cached_for_one = 4 * len(model.decoder) * model.dim * task.seq_len * beam
+    batch_size = max(1, min(batch_size, MOST_CACHED // cached_for_one))
     predictions = []
     for first in range(0, len(pairs), batch_size):
         chunk = pairs[first : first + batch_size]

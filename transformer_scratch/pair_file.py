@@ -5,11 +5,13 @@ composed (Unicode NFC), so that an accent is the same token however it was typed
 """
 
 import hashlib
+import os
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from transformer_scratch.checkpoint import force_to_disk
 from transformer_scratch.errors import BadInput
 
 Line = tuple[str, str]
@@ -52,12 +54,19 @@ class PairFile(NamedTuple):
         return max(zip(lengths, self.numbers, strict=True), key=lambda found: found[0])
 
 
-def read_pairs(path: str, flag: str) -> PairFile:
-    """Read a file of pairs. Raises BadInput, naming the line where there is one."""
+def read_pairs(path: str, flag: str, sha256: str | None = None) -> PairFile:
+    """Read a file of pairs. Raises BadInput, naming the line where there is one.
+
+    sha256: of the file that a resumed run was trained on: no other will do.
+    """
+    remedy = "; say with --pairs where the file is that this run was trained on" if sha256 else ""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise BadInput(f"{flag} {path} cannot be read: {error.strerror}") from None
+        raise BadInput(f"{flag} {path} cannot be read: {error.strerror}{remedy}") from None
+    found_sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 not in (None, found_sha256):
+        raise BadInput(f"{flag} {path} is another file (its SHA-256 differs){remedy}")
     try:
         text = normalised(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -73,11 +82,13 @@ def read_pairs(path: str, flag: str) -> PairFile:
         if len(fields) != 2 or not all(fields):
             found = {1: "no tab", 2: "an empty field"}.get(len(fields), f"{len(fields)} fields")
             raise BadInput(f"{flag} {path}, line {number} has {found}; {A_LINE}")
+        if any("\r" in field for field in fields):
+            raise BadInput(f"{flag} {path}, line {number} has a carriage return inside; {A_LINE}")
         lines.append(fields)
         numbers.append(number)
     if not lines:
         raise BadInput(f"{flag} {path} is empty; {A_LINE}")
-    return PairFile(path, lines, numbers, hashlib.sha256(content).hexdigest())
+    return PairFile(path, lines, numbers, found_sha256)
 
 
 def normalised(text: str) -> str:
@@ -86,5 +97,10 @@ def normalised(text: str) -> str:
 
 
 def write_pairs(path: Path, lines: list[Line]) -> None:
-    text = "".join(f"{source}\t{target}\n" for source, target in lines)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    """Write them as a whole: there never is half a file."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{source}\t{target}\n" for source, target in lines)
+        file.flush()
+        force_to_disk(file.fileno())
+    os.replace(temporary, path)

@@ -226,11 +226,16 @@ def draw_curves(rows: list[dict], vocab_size: int) -> Figure:
     left.plot(
         *points("train/loss_step"),
         color="#999999",
-        label="training, each update\n(dropout, smoothed labels)",
+        label="training, each update\n(as it is minimised)",
         linewidth=1.5,
     )
     left.plot(*points("train/loss_epoch"), "o-", color=ORANGE, label="training, mean of the epoch")
-    left.plot(*points("val/loss_epoch"), "s-", color=BLUE, label="validation (no dropout)")
+    left.plot(
+        *points("val/loss_epoch"),
+        "s-",
+        color=BLUE,
+        label="validation (no dropout,\nno label smoothing)",
+    )
     guessing = f"guessing: ln {vocab_size} = {math.log(vocab_size):.2f}"
     left.axhline(math.log(vocab_size), color="black", linestyle=":", label=guessing)
     left.set(yscale="log", xlabel="update", ylabel="loss per token (log scale)")

@@ -167,11 +167,14 @@ class RunFolder:
 
     def keep_pairs(self, task: Task) -> None:
         """Copy the lines that evaluate.py asks, where the task is a file. Raises BadInput."""
-        try:
-            if self.is_main:
+
+        def keep() -> None:
+            try:
                 task.save_pairs(self.path)
-        except OSError as error:
-            raise BadInput(f"the run folder cannot be written: {error.strerror}") from None
+            except OSError as error:
+                raise BadInput(f"the run folder cannot be written: {error.strerror}") from None
+
+        self.processes.run_on_main(keep)
 
     def save(self, everything: dict) -> None:
         """Write last.pt: the state_dict() of everything the next update depends on.

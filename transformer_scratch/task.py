@@ -13,10 +13,6 @@ if TYPE_CHECKING:  # batches.py imports this file
 
 Pair = tuple[Hashable, Hashable]
 
-# Between two epochs at most this many sources are answered, so that a large split costs no minutes;
-# and so many trained ones are asked at the end.
-MOST_ANSWERS = 1_000
-
 
 @dataclass(frozen=True)
 class Splits:
@@ -32,7 +28,7 @@ class Splits:
     nothing_held_out: bool = False
 
     def every(self) -> list[Pair]:
-        """Each pair once, what is to be told of first."""
+        """Each pair once: those of the test, then validation, then training."""
         return list(dict.fromkeys([*self.test, *self.val, *self.train]))
 
 
@@ -52,6 +48,8 @@ class Task:
     splits: Splits
     num_samples: int  # of an epoch
     keeps_last_batch: bool  # whether an epoch ends with a batch that is smaller
+    # Of a large split so many questions are asked between two epochs. None: all.
+    most_answers: int | None = None
 
     @property
     def max_target_len(self) -> int:

@@ -11,14 +11,14 @@ def make_task(config, checkpoint: dict | None = None) -> Task:
     """The task to train on. Raises BadInput when a checkpoint was trained on another."""
     if config.pairs is None:
         return Digits.from_config(config)
-    task = TextPairs.from_config(config, run=config.resume)
-    if checkpoint:
-        task.load_state_dict(checkpoint["task"])
-    return task
+    return TextPairs.from_config(config, checkpoint and checkpoint["task"])
 
 
-def load_task(config, checkpoint: dict, folder: Path) -> Task:
-    """The task of a trained run in this folder, to be asked. Raises BadInput."""
+def load_task(config, checkpoint: dict, folder: Path | None) -> Task:
+    """The task of a trained run in this folder; without one, only for other questions than its own.
+
+    Raises BadInput.
+    """
     if config.pairs is None:
         return Digits.from_config(config)
     return TextPairs.from_run(config, checkpoint["task"], folder)

@@ -5,6 +5,7 @@ The vocabulary is made of the training lines' tokens; one that stands in both co
 
 import hashlib
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +22,15 @@ from transformer_scratch.pair_file import (
     read_pairs,
     write_pairs,
 )
-from transformer_scratch.task import MOST_ANSWERS, Pair, Splits, Task
+from transformer_scratch.task import Pair, Splits, Task
 
 # Start, end, padding and unknown have the first ids; the tokens of the lines follow.
 SPECIAL = ("start", "end", "pad", "unknown")
-HOLDOUT, MOST_HELD_OUT, FEWEST_SOURCES = 0.1, 10_000, 20
+HOLDOUT, MOST_HELD_OUT = 0.1, 10_000
 BATCH_SIZE, UPDATES = 128, 3_000
-LONGEST = 512  # tokens, unless --seq-len allows more: attention grows with the square
+# Tokens of a line by default, as attention grows with their square; and that --seq-len may allow.
+LONGEST, LONGEST_OF_ALL = 512, 100_000
+NUM_TRAINED_ASKED = 1_000
 # In a run's folder: the lines that are asked.
 FOLDER, FILES = "pairs", ("train.tsv", "val.tsv", "test.tsv")
 
@@ -40,6 +43,17 @@ class Lines(NamedTuple):
     test: list[Line]
 
 
+class Training(NamedTuple):
+    """What only a training knows of its file. samples: to train on, to validate on, to test on."""
+
+    path: str
+    sha256: str
+    samples: tuple[PairDataset, PairDataset, PairDataset]
+    num_sources: int
+    holdout: float | None
+    reasons: dict[str, str]
+
+
 class TextPairs(Task):
     """Lines of text in two columns, and a split of their sources.
 
@@ -50,6 +64,7 @@ class TextPairs(Task):
 
     start_id, end_id, pad_id, unknown_id = range(len(SPECIAL))
     keeps_last_batch = True
+    most_answers = 1_000
 
     def __init__(
         self,
@@ -64,9 +79,15 @@ class TextPairs(Task):
         self.asked, self.trained = asked, trained
         self.ids = {token: number for number, token in enumerate(vocabulary, start=len(SPECIAL))}
         self.vocab_size = len(SPECIAL) + len(vocabulary)
-        self.targets: dict[str, list[str]] = {}  # the right answers to each source that is asked
-        for source, target in dict.fromkeys([*asked.train, *asked.val, *asked.test]):
+        # The right answers to each source that is asked. Where it is validated or tested, those of
+        # its lines there: which of its training lines are kept is a matter of chance.
+        self.targets: dict[str, list[str]] = {}
+        for source, target in dict.fromkeys([*asked.val, *asked.test]):
             self.targets.setdefault(source, []).append(target)
+        elsewhere = {*self.targets}
+        for source, target in dict.fromkeys(asked.train):
+            if source not in elsewhere:
+                self.targets.setdefault(source, []).append(target)
 
         def questions(lines: list[Line]) -> list[Pair]:
             return [(source, self.targets[source][0]) for source in dict(lines)]
@@ -74,22 +95,29 @@ class TextPairs(Task):
         self.splits = Splits(*map(questions, asked), nothing_held_out)
         self.trained_questions = {*self.splits.train}
 
+    @property
+    def num_samples(self) -> int:
+        return len(self.training.samples[0])
+
     def datasets(self) -> tuple[PairDataset, PairDataset, PairDataset]:
-        return self.samples
+        return self.training.samples
 
     # -------------------------------------------------------------------------- where it is from
 
     @classmethod
-    def from_config(cls, config, run: str | None = None) -> "TextPairs":
+    def from_config(cls, config, state: dict | None = None) -> "TextPairs":
         """Read --pairs and, if they are given, --val-pairs and --test-pairs.
 
-        run: the folder of the run to resume, which has copies of the other two. Raises BadInput.
+        state: what the run that is resumed has saved of its task: it must be the same, and has
+        copies of the other two files. Raises BadInput.
         """
-        files = [read_pairs(config.pairs, "--pairs")]
-        if len(files[0].lines) == 1:
+        files = [read_pairs(config.pairs, "--pairs", state and state["sha256"])]
+        if len({*files[0].lines}) == 1:
             raise BadInput(f"--pairs {config.pairs} holds a single pair: there is nothing to learn")
-        if config.val_pairs and run:
-            files += [read_pairs(f"{run}/{FOLDER}/{name}", "--resume") for name in FILES[1:]]
+        if config.val_pairs and state:
+            files += [
+                read_pairs(f"{config.resume}/{FOLDER}/{name}", "the run's") for name in FILES[1:]
+            ]
         elif config.val_pairs:
             files.append(read_pairs(config.val_pairs, "--val-pairs"))
             files.append(read_pairs(config.test_pairs, "--test-pairs"))
@@ -98,82 +126,105 @@ class TextPairs(Task):
 
         # All order comes from the seed: of the sources that are held out, and of those asked.
         generator = torch.Generator().manual_seed(config.seed)
-        lines, *other_lines = [cut_anew(file.lines, columns) for file in files]
+        lines, *other_lines = [with_single_spaces(file.lines, columns) for file in files]
         sources = shuffled(dict(lines), generator)
         if other_lines:
-            holdout, holdout_reason, held_out = None, "the two other files", []
+            holdout, holdout_reason = None, "the two other files"
             val, test = other_lines
-            if not run:  # its copies are in this order already
-                val, test = (in_order_of(shuffled(dict(x), generator), x) for x in (val, test))
+            if not state:  # a run's copies are in this order already
+                val, test = (lines_of(shuffled(dict(x), generator), x) for x in (val, test))
         else:
             holdout, holdout_reason = choose_holdout(config.holdout, len(sources))
-            held_out = sources[: round(holdout * len(sources))]
-            half = len(held_out) // 2
-            val, test = in_order_of(held_out[:half], lines), in_order_of(held_out[half:], lines)
-            sources = sources[len(held_out) :]
+            num_held_out = round(holdout * len(sources))
+            held_out, sources = sources[:num_held_out], sources[num_held_out:]
+            half = num_held_out // 2
+            val, test = lines_of(held_out[:half], lines), lines_of(held_out[half:], lines)
             unseen = {*held_out}
             lines = [line for line in lines if line[0] not in unseen]
         nothing_held_out = not val
         if nothing_held_out:
-            val = test = in_order_of(sources, lines)
-        asked = Lines(in_order_of(sources[:MOST_ANSWERS], lines), val, test)
+            val = test = lines_of(sources, lines)
+        asked = Lines(lines_of(sources[:NUM_TRAINED_ASKED], lines), val, test)
 
-        known = {*sources}
         tokens = {
             token
             for line in lines
             for column, field in zip(columns, line, strict=True)
             for token in column.split(field)
         }
+        known = {*sources}
         trained = set()
         if not nothing_held_out:
             trained = {source for source, _ in [*val, *test] if source in known}
         task = cls(columns, sorted(tokens), seq_len, asked, trained, nothing_held_out)
-        task.path, task.sha256, task.num_samples = config.pairs, files[0].sha256, len(lines)
-        task.holdout, task.num_sources = holdout, len(sources)
-        task.reasons = {"holdout": holdout_reason, "seq_len": seq_len_reason}
-        task.samples = tuple(PairDataset(task, part) for part in (lines, val, test))
-        for name, part in zip(("validation", "test"), task.samples[1:], strict=True):
-            if int((part.target_tokens - 1).sum()) == 0:  # each line's end token is known
-                raise BadInput(
-                    f"--pairs {config.pairs}: no token of the {name} targets is in its training "
-                    "lines; give lines that share tokens, or another --seed or --holdout"
-                )
+        task.training = Training(
+            config.pairs,
+            files[0].sha256,
+            tuple(PairDataset(task, part) for part in (lines, val, test)),
+            len(sources),
+            holdout,
+            {"holdout": holdout_reason, "seq_len": seq_len_reason},
+        )
+        task.check_targets(config)
+        if state:
+            task.load_state_dict(state)
         return task
 
     @classmethod
-    def from_run(cls, config, state: dict, folder: Path) -> "TextPairs":
-        """The task of a trained run, for asking: without the training samples. Raises BadInput."""
+    def from_run(cls, config, state: dict, folder: Path | None) -> "TextPairs":
+        """The task of a trained run, for asking: without its training samples. Raises BadInput.
+
+        folder: the run's, whose lines are asked; None: only other questions will be.
+        """
         columns = (Column(state["columns"][0]), Column(state["columns"][1]))
-        files = [read_pairs(str(folder / FOLDER / name), "--run") for name in FILES]
-        asked = Lines(*(cut_anew(file.lines, columns) for file in files))
-        if checksum(asked) != state["asked_sha256"]:
-            raise BadInput(f"{folder / FOLDER} has other lines than the run has kept there")
-        nothing_held_out = config.holdout == 0
+        asked = Lines([], [], [])
+        if folder:
+            files = [read_pairs(str(folder / FOLDER / name), "the run's") for name in FILES]
+            asked = Lines(*(with_single_spaces(file.lines, columns) for file in files))
         trained = {*state["trained"]}
-        return cls(columns, state["vocabulary"], config.seq_len, asked, trained, nothing_held_out)
+        shared = config.holdout == 0
+        task = cls(columns, state["vocabulary"], config.seq_len, asked, trained, shared)
+        if folder and task.asked_sha256 != state["asked_sha256"]:
+            raise BadInput(f"{folder / FOLDER} has other lines than the run has kept there")
+        return task
+
+    def check_targets(self, config) -> None:
+        """Raise BadInput where validation or test could count nothing but the ends of answers."""
+        for name, samples in zip(("val", "test"), self.training.samples[1:], strict=True):
+            if int((samples.target_tokens - 1).sum()):
+                continue
+            if config.val_pairs:
+                raise BadInput(f"no target token of --{name}-pairs is in any line of --pairs")
+            raise BadInput(
+                f"--pairs {config.pairs}: no target token of the lines held out for {name} is in "
+                "any other line; give another --holdout or --seed"
+            )
 
     def save_pairs(self, folder: Path) -> None:
         (folder / FOLDER).mkdir(exist_ok=True)
         for name, lines in zip(FILES, self.asked, strict=True):
             write_pairs(folder / FOLDER / name, lines)
 
+    @cached_property
+    def asked_sha256(self) -> str:
+        sha = hashlib.sha256()
+        for lines in self.asked:
+            for source, target in lines:
+                sha.update(f"{source}\t{target}\n".encode())
+            sha.update(b"\n")
+        return sha.hexdigest()
+
     def state_dict(self) -> dict:
         return {
             "columns": [column.at_spaces for column in self.columns],
             "vocabulary": self.vocabulary,
             "trained": sorted(self.trained),
-            "sha256": self.sha256,
-            "asked_sha256": checksum(self.asked),
+            "sha256": self.training.sha256,
+            "asked_sha256": self.asked_sha256,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        if state["sha256"] != self.sha256:
-            raise BadInput(
-                f"{self.path} is not the file that this run was trained on (its SHA-256 differs); "
-                "say where that is with --pairs"
-            )
-        if state["asked_sha256"] != checksum(self.asked):
+        if state != self.state_dict():
             raise BadInput(f"the lines in the run's {FOLDER}/ are not those that it has kept there")
 
     # ------------------------------------------------------------------------------- its settings
@@ -186,8 +237,8 @@ class TextPairs(Task):
         trained = self.num_samples - left_out
         updates_per_epoch = max(1, math.ceil(trained / (global_batch * config.accumulate)))
         return {
-            "holdout": (self.holdout, self.reasons["holdout"]),
-            "seq_len": (self.seq_len, self.reasons["seq_len"]),
+            "holdout": (self.training.holdout, self.training.reasons["holdout"]),
+            "seq_len": (self.seq_len, self.training.reasons["seq_len"]),
             "batch_size": (batch_size, "" if batch_size == BATCH_SIZE else "all training lines"),
             "max_epochs": (
                 max(1, round(UPDATES / updates_per_epoch)),
@@ -202,22 +253,24 @@ class TextPairs(Task):
         else:
             asked = f"{len(splits.val):,} validation and {len(splits.test):,} test sources"
         rows = {
-            "data": f"{shorter(self.path)}: {self.num_samples:,} training lines, "
-            f"{self.num_sources:,} sources; {asked}",
-            "held out": self.reasons["holdout"],
+            "data": f"{shorter(self.training.path)}: {self.num_samples:,} training lines, "
+            f"{self.training.num_sources:,} sources; {asked}",
+            "held out": self.training.reasons["holdout"],
             "tokens": f"{len(self.vocabulary):,} known; sources are cut {self.columns[0]}, targets "
             f"{self.columns[1]}",
         }
-        if len(splits.val) > MOST_ANSWERS:
-            rows["validation"] = f"after each epoch {MOST_ANSWERS:,} of them are asked, by seed"
+        if len(splits.val) > self.most_answers:
+            rows["validation"] = (
+                f"after each epoch {self.most_answers:,} of them are asked, by seed"
+            )
         if not splits.nothing_held_out:
             rows["unknown"] = "; ".join(
-                self.surprises(name, lines)
+                self.unknown_and_trained(name, lines)
                 for name, lines in (("validation", self.asked.val), ("test", self.asked.test))
             )
         return rows
 
-    def surprises(self, name: str, lines: list[Line]) -> str:
+    def unknown_and_trained(self, name: str, lines: list[Line]) -> str:
         """What in these lines training has never seen, and what it has, though it should not."""
         sources, targets = (
             sum(token not in self.ids for line in lines for token in column.split(line[side]))
@@ -277,7 +330,7 @@ class TextPairs(Task):
         return self.columns[1].join(names[token] for token in ids if token != self.end_id)
 
 
-def cut_anew(lines: list[Line], columns: tuple[Column, Column]) -> list[Line]:
+def with_single_spaces(lines: list[Line], columns: tuple[Column, Column]) -> list[Line]:
     """With single spaces between tokens, so that equal sequences are equal texts."""
     first, second = columns
     return [
@@ -291,7 +344,7 @@ def shuffled(items: dict, generator: torch.Generator) -> list:
     return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
 
 
-def in_order_of(sources: list[str], lines: list[Line]) -> list[Line]:
+def lines_of(sources: list[str], lines: list[Line]) -> list[Line]:
     """The lines with these sources."""
     targets: dict[str, list[str]] = {source: [] for source in sources}
     for source, target in lines:
@@ -310,17 +363,20 @@ def choose_seq_len(
         return needed, "the longest line and two"
     if given is None or needed > given:
         limit = f"--seq-len {given}" if given else f"the {LONGEST} that it may have by default"
+        remedy = "leave the line out"
+        if needed <= LONGEST_OF_ALL:
+            remedy += f", or give --seq-len {needed}"
         raise BadInput(
             f"{path}, line {number} takes {needed} tokens with start and end, more than {limit}; "
-            f"leave the line out, or give --seq-len {needed}"
+            f"{remedy}"
         )
     return given, ""
 
 
 def choose_holdout(given: float | None, num_sources: int) -> tuple[float, str]:
     """-> the share of the sources to hold out, and why. Raises BadInput."""
-    if given is None and num_sources < FEWEST_SOURCES:
-        return 0.0, f"none: fewer than {FEWEST_SOURCES} sources"
+    if given is None and round(HOLDOUT * num_sources) < 2:
+        return 0.0, f"none: {HOLDOUT:g} of {num_sources} sources is too few for two splits"
     holdout = min(HOLDOUT, MOST_HELD_OUT / num_sources) if given is None else given
     wanted = round(holdout * num_sources)
     if holdout and not 2 <= wanted < num_sources:
@@ -334,13 +390,3 @@ def choose_holdout(given: float | None, num_sources: int) -> tuple[float, str]:
     if given is None and holdout < HOLDOUT:
         reason += f": {HOLDOUT:g}, but at most {MOST_HELD_OUT:,} of them"
     return holdout, reason
-
-
-def checksum(asked: Lines) -> str:
-    """SHA-256 over lines."""
-    sha = hashlib.sha256()
-    for lines in asked:
-        for source, target in lines:
-            sha.update(f"{source}\t{target}\n".encode())
-        sha.update(b"\n")
-    return sha.hexdigest()

@@ -24,7 +24,7 @@ from transformer_scratch.model import Transformer
 from transformer_scratch.output import warn_once, warned_of
 from transformer_scratch.run_folder import RunFolder, read_metrics
 from transformer_scratch.signals import Signals
-from transformer_scratch.task import MOST_ANSWERS, Task
+from transformer_scratch.task import Task
 from transformer_scratch.wandb_process import Service, synced
 
 # Seconds. How long to wait for W&B when a run has ended, and when a signal has stopped it: whoever
@@ -266,10 +266,10 @@ def log_answers(run: RunFolder, step: int, model: Transformer, task: Task) -> No
     """Answers as a table and as a picture, and where the model looks for one."""
     from transformer_scratch.plots import draw_run, save_pictures  # matplotlib takes long to import
 
-    pairs = task.splits.every()[:MOST_ANSWERS]
-    answers = predict(model, task, pairs)
+    example = example_to_show(task, task.splits.test[: task.most_answers])
+    answers = predict(model, task, task.splits.every()[: task.most_answers])
     log_table(step, "test/answers", answers, task)
-    pictures = draw_run(model, task, answers, example_to_show(task, task.splits.test))
+    pictures = draw_run(model, task, answers, example)
     shown = {name: pictures[name] for name in pictures if name not in ("positions", "masks")}
     for file in save_pictures(shown, run.path / "pictures"):
         in_background(wandb.log, {"step": step, f"pictures/{file.stem}": wandb.Image(str(file))})
