@@ -150,7 +150,6 @@ def refused(capsys):
         pytest.param(b"\xef\xbb\xbf", "is empty", id="only the mark"),
         pytest.param("\n \r\n\n", "is empty", id="only blank lines"),
         pytest.param("a\tb\nc\rd\te\n", "line 2 has a carriage return inside", id="an old Mac's"),
-        pytest.param("a\tb\na\tb\n", "holds a single pair", id="the same line twice"),
         pytest.param(b"\na\tb\nc\t\xe9\n", "line 3 is not UTF-8", id="Latin 1"),
         pytest.param("a\tb\n".encode("utf-16"), "line 1 is not UTF-8", id="UTF-16"),
         pytest.param("a\tb\n\nc d\n", "line 3 has no tab", id="no tab"),
@@ -183,8 +182,9 @@ def test_a_file_that_is_not_there_and_a_folder(refused):
     assert f"--test-pairs {here}/missing.tsv cannot be read" in message
 
 
-def test_a_single_pair(refused):
-    name = write("\na\tb\n")
+@pytest.mark.parametrize("content", ["\na\tb\n", "a\tb\na\tb\n"])
+def test_a_single_pair(refused, content):
+    name = write(content)
     assert f"--pairs {Path(name).absolute()} holds a single pair" in refused("--pairs", name)
 
 

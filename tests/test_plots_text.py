@@ -142,8 +142,8 @@ def test_only_the_most_frequent_are_drawn():
 
 def test_shares_by_length_are_counted_for_trained_and_unseen():
     task = task_of(TRAINED, HELD_OUT)
-    answers = [*all_right(task)[:2], answer_of(task, "c", "x"), answer_of(task, "ab", "y")]
-    answers.append(answer_of(task, "abc"))
+    right = [answer_of(task, source) for source in ("a", "b", "abc")]
+    answers = [*right, answer_of(task, "c", "x"), answer_of(task, "ab", "y")]
     figure = plots_text.draw_errors_by_length(task, answers)
     top, bottom = figure.axes
     # Lengths 1, 2 and 3 in one group: only two are unseen, and only one length is trained.
@@ -213,7 +213,7 @@ def test_attention_pictures_name_the_tokens_of_the_text_known_or_not():
     assert plots_text.source_tokens(task, ("aé", "x")) == ["start", "a", "unknown: é", "end"]
     model = Transformer(vocab_size=task.vocab_size, dim=8, num_heads=1, num_layers=1, pad_id=2)
     answers = all_right(task)
-    figure = plots.draw_run(model.eval(), task, answers, answers[1].pair)["attention_cross"]()
+    figure = plots.draw_run(model.eval(), task, answers, ("aé", "x"))["attention_cross"]()
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert labels == ["start", "a", "unknown: é", "end"]
     assert figure.get_suptitle().endswith("\naé → x end")

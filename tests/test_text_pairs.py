@@ -515,10 +515,10 @@ def test_evaluation_json_of_a_file(trained, monkeypatch, capsys):
     assert sorted(asked) == sorted(ANSWERS), "a source is asked once"
 
     rows = {row["source"]: row for row in result.pop("predictions")}
-    right = {"tat", "kat", "tak"}
+    right = {"tat", "tak"}
     expected = {
         "tat": ("T A T", ["T AE T", "T A T"]),
-        "kat": ("K A T", ["K AE T", "K A T"]),
+        "kat": ("K A T", ["K AE T"]),  # the other is a training line's
         "zatz": ("<unknown> A T", ["Z A T"]),
         "ka": ("K K", ["K AE", "K A"]),
         "tak": ("T AE K", ["T AE K"]),
@@ -537,21 +537,21 @@ def test_evaluation_json_of_a_file(trained, monkeypatch, capsys):
         assert sorted(rows[source]["targets"]) == sorted(targets)
 
     model = model_of(load_checkpoint(run / "best.pt")["model"])
-    lines = {*TRAIN, *VAL, *TEST}
+    lines = {*TRAIN, *VAL, *TEST} - {("kat", "K A T")}
     assert result == {
         "beam": 1,
-        "exact_match_seen": 2 / 4,
+        "exact_match_seen": 1 / 4,
         "exact_match_unseen": 1 / 3,
         "exact_match_val": 0.0,
-        "exact_match_test": 2 / 3,
-        "token_accuracy": (4 + 4 + 3 + 2 + 4 + 2 + 0) / (4 + 4 + 4 + 3 + 4 + 3 + 4),
-        "token_error_rate": 1 / 9,
+        "exact_match_test": 1 / 3,
+        "token_accuracy": (4 + 3 + 3 + 2 + 4 + 2 + 0) / (4 + 4 + 4 + 3 + 4 + 3 + 4),
+        "token_error_rate": 2 / 9,
         "loss": pytest.approx(loss_by_hand(model, sorted(lines)), rel=1e-5),
         "num_seen": 4,
         "num_unseen": 3,
     }
     out = capsys.readouterr().out
-    assert "11.11% of the tokens would have to be edited" in out
+    assert "66.67% of the answers, 22.22% of the tokens (edits)" in out
     assert "zatz -> <unknown> A T (unseen; right: Z A T)" in out
 
 
@@ -652,7 +652,9 @@ def ask(run: Path, *texts: str) -> None:
 
 def give(monkeypatch, content: bytes) -> None:
     """Let it come from standard input."""
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    monkeypatch.setattr(
+        "sys.stdin", SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: False)
+    )
 
 
 def test_any_source_is_answered(trained, capsys):

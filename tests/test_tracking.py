@@ -94,7 +94,7 @@ def test_without_a_key_it_runs_offline_and_says_how_to_look(offline):
 @pytest.mark.slow
 def test_project_name_tags_and_settings(offline):
     (run,) = offline.records["run"]
-    assert (run["project"], run["display_name"]) == ("lab", "sn-data-320-head1-dim16-lr0.00178")
+    assert (run["project"], run["display_name"]) == ("lab", "sn-data-320-head1-dim16-lr0.00689")
     assert run["tags"] == ["debug"]
     saved = json.loads((offline.folder / "run/config.json").read_text(encoding="utf-8"))
     settings = run["config"]["update"]

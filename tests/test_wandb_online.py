@@ -11,7 +11,7 @@ from wandb_server import WandbServer
 from transformer_scratch.run_folder import read_metrics
 
 FLAGS = [*TINY, "--log-every", "3", "--debug", "--wandb-project", "lab", "--run-dir", "run"]
-NAME = "sn-data-320-head1-dim16-lr0.00178"
+NAME = "sn-data-320-head1-dim16-lr0.00689"
 
 
 @pytest.fixture(scope="module")

@@ -179,8 +179,8 @@ def test_a_file_with_another_content_is_refused(refused, three):
         assert change(text) != text
         file.write_text(change(text), encoding="utf-8")
         error = refused()
-        assert f"{Path.cwd()}/train.tsv is not the file that this run was trained on" in error
-        assert "say where that is with --pairs" in error
+        assert f"{Path.cwd()}/train.tsv is another file (its SHA-256 differs)" in error
+        assert "say with --pairs where the file is that this run was trained on" in error
     Path("original.tsv").write_text(text, encoding="utf-8")
     resume("--max-epochs", "2", "--pairs", "original.tsv")
     assert load_checkpoint(Path("run/last.pt"))["epoch"] == 2
