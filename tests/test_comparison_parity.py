@@ -44,7 +44,7 @@ MORE = {
     "a long average, smoothing, bf16": "--average 0.999 --label-smoothing 0.3 --amp bf16",
     "inverse square root without warm-up": "--schedule inverse-sqrt --warmup-steps 0",
     "three files, accumulation of 3": "--pairs {pairs} --val-pairs {val} --test-pairs {test} "
-    "--accumulate 3 --label-smoothing 0.1",
+    "--accumulate 3 --batch-size 8",
     "bf16": "--amp bf16",
     "fp16": "--amp fp16",
     "fp16, accumulation, clipping": "--amp fp16 --accumulate 2 --clip-norm 0.1 --num-datas 224",
