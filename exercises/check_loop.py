@@ -18,6 +18,7 @@ from transformer_scratch.run_folder import read_metrics
 # What setup prepares, as flags of train.py.
 FLAGS = ["--dim", "16", "--num-layers", "1", "--batch-size", "32", "--num-datas", "160"]
 FLAGS += ["--max-epochs", "1", "--lr", "0.01", "--warmup-steps", "4"]
+FLAGS += ["--weight-decay", "0.1", "--label-smoothing", "0", "--average", "0"]
 FLAGS += ["--accelerator", "cpu", "--amp", "off", "--wandb", "disabled"]
 
 

@@ -14,7 +14,7 @@ from transformer_scratch import plots
 from transformer_scratch.attention import MultiHeadAttention
 from transformer_scratch.batches import BatchSampler, PairDataset, make_loader
 from transformer_scratch.decoding import greedy_decode
-from transformer_scratch.digits import Digits, split_pairs
+from transformer_scratch.digits import Digits
 from transformer_scratch.evaluation import predict
 from transformer_scratch.model import Transformer
 
@@ -85,8 +85,8 @@ def record_attention_and_fail(model: Transformer) -> None:
 
 
 def draw_everything(model: Transformer) -> None:
-    answers = {answer.pair: answer for answer in predict(model, TASK, TASK.all_pairs())}
-    drawings = plots.draw_run(model, TASK, split_pairs(TASK, 0.2, 42), answers, (8, 4))
+    answers = predict(model, TASK, TASK.all_pairs())
+    drawings = plots.draw_run(model, TASK, answers, (8, 4))
     for draw in drawings.values():
         draw()
 
