@@ -267,8 +267,11 @@ def main(arguments: list[str] | None = None) -> None:
     decoding = {"beam": arguments.beam, "length_penalty": arguments.length_penalty}
 
     if arguments.source:
+        if arguments.source == ("-",) and sys.stdin is None:
+            raise BadInput("--source -: standard input is closed")
         pairs = sources_to_answer(arguments, task)
-        at_once = 1 if sys.stdin.isatty() else ANSWERS_AT_ONCE  # whoever types wants the answer now
+        typed = arguments.source == ("-",) and sys.stdin.isatty()
+        at_once = 1 if typed else ANSWERS_AT_ONCE  # whoever types wants the answer now
         while chunk := list(itertools.islice(pairs, at_once)):
             for answer in predict(model, task, chunk, **decoding):
                 print(f"{task.source_text(answer.pair)}\t{task.text(answer.tokens)}", flush=True)

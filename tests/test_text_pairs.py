@@ -703,6 +703,19 @@ def test_sources_from_standard_input(trained, capsys, monkeypatch):
     assert capsys.readouterr().out == f"{rows[0]}\n"
 
 
+def test_without_standard_input_words_are_answered_and_a_dash_is_refused(
+    trained, monkeypatch, capsys
+):
+    """As behind `<&-`, where Python has no sys.stdin."""
+    run, _ = trained
+    monkeypatch.setattr("sys.stdin", None)
+    ask(run, "kat")
+    assert capsys.readouterr().out.startswith("kat\t")
+    with pytest.raises(SystemExit) as ended:
+        ask(run, "-")
+    assert ended.value.code == 2 and "standard input is closed" in capsys.readouterr().err
+
+
 def test_standard_input_that_is_not_utf_8(trained, capsys, monkeypatch):
     give(monkeypatch, b"kat\n\xe9\n")
     with pytest.raises(SystemExit) as end:

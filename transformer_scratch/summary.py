@@ -31,6 +31,9 @@ def print_start(
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     heads = "1 head" if config.num_heads == 1 else f"{config.num_heads} heads"
+    loss = "cross-entropy"
+    if config.label_smoothing:
+        loss += f"; in training with label smoothing {config.label_smoothing:g}, which adds to it"
     lr = f"{config.lr:g}{why('lr')}"
     if config.warmup_steps:
         lr += f", reached after {config.warmup_steps} updates"
@@ -49,6 +52,7 @@ def print_start(
         "epochs": f"{config.max_epochs}{why('max_epochs')} of {task.num_samples:,} samples, "
         f"{samples_per_update} an update{why('batch_size')}",
         "lr": lr,
+        "loss": loss,
         "judged": f"a moving average of the weights, of decay {config.average:g}"
         if config.average
         else "the weights as trained",
