@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -85,6 +86,18 @@ def overflow_in_fp16() -> None:
     torch.amp.GradScaler = functools.partial(
         torch.amp.GradScaler, init_scale=2.0**19, growth_interval=3
     )
+
+
+def late_after_meeting(seconds: float) -> None:
+    """Let this process pause when it has met the others."""
+    original = train.start_processes
+
+    def start_processes() -> object:
+        processes = original()
+        time.sleep(seconds)
+        return processes
+
+    train.start_processes = start_processes
 
 
 def in_float64() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plants import in_float64, signal_at_step
+from plants import in_float64, late_after_meeting, signal_at_step
 from trainings import NEW, RESUME, fingerprint
 
 import train as train_script
@@ -260,9 +260,24 @@ def test_two_processes_leave_out_a_last_batch_of_a_single_line(run_two, undistur
 
 
 @slow
-def test_a_bad_file_is_refused_by_two_processes_with_one_line(run_two):
+@pytest.mark.parametrize("slow_one", [0, 1])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--pairs pairs.tsv --run-dir run", "pairs.tsv, line 2 has no tab"),
+        ("--num-datas 8 --batch-size 8 --run-dir run", "a batch of 16 is larger than"),
+        ("--average 1 --run-dir run", "--average 1.0 must be at least 0 and below 1"),
+        ("--resume nowhere", "nowhere: no such folder"),
+    ],
+)
+def test_a_refusal_by_two_processes_is_one_line_though_one_comes_late(
+    run_two, flags, message, slow_one
+):
+    """Process 0 keeps the store of both, so it must not be gone while the other still asks it."""
     Path("pairs.tsv").write_text("a\tb\nc\n", encoding="utf-8")
-    codes, outputs = run_two(*SMALL, "--pairs", "pairs.tsv", *NEW)
-    assert codes == [2, 2]
-    assert "pairs.tsv, line 2 has no tab" in outputs[0] and outputs[0].count("\n") == 1
+    plants = [None, None]
+    plants[slow_one] = functools.partial(late_after_meeting, 1.0)
+    codes, outputs = run_two(*SMALL, *flags.split(), plants=plants)
+    assert codes == [2, 2], outputs
+    assert message in outputs[0] and outputs[0].count("\n") == 1
     assert outputs[1] == "" and not Path("run").exists()
