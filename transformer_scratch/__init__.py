@@ -3,6 +3,11 @@
 import os
 import sys
 
+# OpenMP reads this once, while PyTorch is loaded. At the end of every operation its threads wait
+# for the slowest. By default they spin meanwhile, and where another program is busy they spin away
+# the time that the slowest needs; asleep, they leave it to it (python -m benchmarks.threads).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 try:
     import torch  # noqa: F401
 except ValueError as error:  # PyTorch and tqdm read their variables as they are imported

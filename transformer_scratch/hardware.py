@@ -76,7 +76,7 @@ def choose_threads(dim: int, batch_size: int) -> str:
     """Leave a small model to one thread. -> why there are so many.
 
     A second thread makes its steps little faster, and beside other programs two threads wait for
-    each other: the default training then takes minutes instead of half a minute.
+    each other: `python -m benchmarks.threads` measures both.
 
     Raises BadInput when OMP_NUM_THREADS is no such number: PyTorch would pass over it.
     """
@@ -85,8 +85,8 @@ def choose_threads(dim: int, batch_size: int) -> str:
         if not re.match(r"\s*[1-9]\d{0,8}\s*(,|$)", variable):  # it may hold a list
             raise BadInput(f"OMP_NUM_THREADS={variable!r} must be a number of threads, or unset")
         return "OMP_NUM_THREADS"
-    if dim * batch_size > 32 * 128:
-        return "one a core"
+    if dim * batch_size > 64 * 128:
+        return "one a core; OMP_NUM_THREADS=1 leaves the others to other programs"
     when_main_ends(torch.set_num_threads, torch.get_num_threads())
     torch.set_num_threads(1)
     return "a model this small gains little from more"
