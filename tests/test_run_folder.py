@@ -12,8 +12,9 @@ from conftest import TINY
 import evaluate as evaluate_script
 import train as train_script
 from transformer_scratch.config import Config
-from transformer_scratch.errors import BadInput
-from transformer_scratch.run_folder import RunFolder, create_folder, newest_run
+from transformer_scratch.errors import BadInput, TrainingFault
+from transformer_scratch.processes import ALONE
+from transformer_scratch.run_folder import RunFolder, create_folder, newest_run, read_metrics
 
 # --------------------------------------------------------- a folder that never got a state
 
@@ -77,6 +78,34 @@ def test_a_run_that_ended_before_its_first_state_can_be_begun_again(monkeypatch,
         train_script.main(flags)
     assert end.value.code == 2
     assert "or --resume run" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- numbers of your own
+
+
+def test_a_tensor_of_any_name_is_fetched_with_the_others():
+    """Of an update together with those before it, of an epoch at once; what W&B gets is numbers."""
+    run = RunFolder(Config(run_dir="run"), ALONE, None)
+    for step in (1, 2):
+        loss, mine = torch.tensor(1.0 / step), torch.tensor(step)
+        run.record({"step": step, "train/loss_step": loss, "mine": mine})
+    assert read_metrics(run.path) == [], "nothing is read before it is asked for"
+    newest = run.flush()
+    epoch = {"step": 2, "epoch": 0, "mine": torch.tensor(4.0)}
+    run.write(epoch)
+    assert read_metrics(run.path) == [
+        {"step": 1, "train/loss_step": 1.0, "mine": 1},
+        newest,
+        epoch,
+    ]
+    assert newest == {"step": 2, "train/loss_step": 0.5, "mine": 2}
+    assert epoch == {"step": 2, "epoch": 0, "mine": 4.0}
+
+
+def test_a_tensor_of_your_own_that_is_not_finite_ends_the_run():
+    run = RunFolder(Config(run_dir="run"), ALONE, None)
+    with pytest.raises(TrainingFault, match="bad numbers at step 3: mine is nan"):
+        run.write({"step": 3, "mine": torch.tensor(torch.nan)})
 
 
 # ---------------------------------------------------------------------------- the newest run

@@ -96,9 +96,10 @@ class RunFolder:
             warn_once("metrics", f"{self.metrics.name} was gone; its rows are written anew")
 
     def record(self, row: dict) -> None:
-        """Note the numbers of an update. Tensors stay on the device until flush reads them.
+        """Note the numbers of an update. Tensors of one number wait on the device for flush.
 
-        "train/loss_step" is this process's share of the update's loss, "grad_norm" the same on all.
+        "train/loss_step" is this process's share of the update's loss, which flush adds up. Of any
+        other number the main process's own is written.
         """
         self.waiting.append(row)
 
@@ -111,10 +112,7 @@ class RunFolder:
         losses = self.processes.sum(torch.stack([row["train/loss_step"] for row in rows]))
         for row, loss in zip(rows, losses, strict=True):
             row["train/loss_step"] = loss
-        on_device = [(row, name) for row in rows for name in row if isinstance(row[name], Tensor)]
-        numbers = torch.stack([row[name] for row, name in on_device]).tolist()  # the only wait
-        for (row, name), number in zip(on_device, numbers, strict=True):
-            row[name] = number
+        read_tensors(rows)
         for row in rows:
             if row.get("skipped"):
                 row["grad_norm"] = None  # not finite: that is why fp16 skipped the update
@@ -122,10 +120,11 @@ class RunFolder:
         return rows[-1]
 
     def write(self, row: dict) -> None:
-        """Add a line to metrics.jsonl.
+        """Add a line to metrics.jsonl. A tensor in it is read first, and the number takes its place.
 
         Raises TrainingFault when a number is not finite, or when the line cannot be written.
         """
+        read_tensors([row])
         for name, number in row.items():
             if isinstance(number, float) and not math.isfinite(number):
                 at_lr = f" at learning rate {row['lr']:g}" if "lr" in row else ""
@@ -277,6 +276,16 @@ def epoch_of(path: Path) -> int | None:
 def environment() -> dict[str, object]:
     """What must match for a bit-identical resume: the order of sums depends on it."""
     return {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def read_tensors(rows: list[dict]) -> None:
+    """Put its number in the place of each tensor. However many there are, the device is waited for
+    once."""
+    on_device = [(row, name) for row in rows for name in row if isinstance(row[name], Tensor)]
+    if on_device:
+        numbers = torch.stack([row[name] for row, name in on_device]).tolist()
+        for (row, name), number in zip(on_device, numbers, strict=True):
+            row[name] = number
 
 
 def read_metrics(folder: Path) -> list[dict]:
