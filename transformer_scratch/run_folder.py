@@ -120,7 +120,7 @@ class RunFolder:
         return rows[-1]
 
     def write(self, row: dict) -> None:
-        """Add a line to metrics.jsonl. A tensor in it is read first, and the number takes its place.
+        """Add a line to metrics.jsonl. Its tensors are read first: numbers take their places.
 
         Raises TrainingFault when a number is not finite, or when the line cannot be written.
         """
