@@ -4,6 +4,7 @@ matplotlib."""
 import json
 import subprocess
 import sys
+from itertools import groupby
 
 import pytest
 import torch
@@ -72,17 +73,34 @@ def test_grid_shows_right_wrong_and_held_out():
     task = Digits(holdout=0.2, seed=1)
     held_out, trained = task.splits.test[0], task.splits.train[0]
     figure = plots.draw_answers(task, answers_all_right_but(task, [held_out, trained]))
-    grid = figure.axes[0].images[0].get_array()
+    grid = figure.axes[0].collections[0].get_array()
     assert (grid == 0).sum() == 79 and (grid == 1).sum() == 19
     assert grid[trained] == 2 and grid[held_out] == 3
     assert "79 of 80 trained pairs exact, 19 of 20 never seen" in figure.get_suptitle()
+
+
+def test_a_square_of_the_grid_ends_at_its_edge(tmp_path):
+    from matplotlib.image import imread  # not above, where it would come before own_matplotlib
+
+    task = Digits(holdout=0.2)
+    with plots.rc_context(plots.STYLE):
+        figure = plots.draw_answers(task, answers_all_right_but(task, []))
+        figure.savefig(tmp_path / "answers.png")
+    pixels = imread(tmp_path / "answers.png")
+    for last in range(10):  # down the middle of a column of squares
+        across, low = figure.axes[0].transData.transform((last, 9.4)).round().astype(int)
+        high = round(figure.axes[0].transData.transform((last, -0.4))[1])
+        reds = pixels[len(pixels) - high : len(pixels) - low, across, 0]
+        seen = ["blue" if red < 0.3 else "light" if red < 0.8 else "edge" for red in reds]
+        squares = [name for name, _ in groupby(seen) if name != "edge"]
+        assert squares == ["light" if task.was_trained((i, last)) else "blue" for i in range(10)]
 
 
 @pytest.mark.parametrize(("digits", "holdout"), [(10, 0.0), (30, 0.2)])
 def test_grid_of_other_tasks(digits, holdout):
     task = Digits(digits, digits + 6, holdout=holdout)
     figure = plots.draw_answers(task, answers_all_right_but(task, [(0, 1)]))
-    assert figure.axes[0].images[0].get_array().shape == (digits, digits)
+    assert figure.axes[0].collections[0].get_array().shape == (digits, digits)
     assert ("never seen" in figure.get_suptitle()) == bool(holdout)
 
 

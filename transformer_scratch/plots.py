@@ -122,14 +122,22 @@ def draw_answers(task: Digits, predictions: dict[Pair, Prediction]) -> Figure:
     counts = grid.flatten().bincount(minlength=4).tolist()
     figure = Figure(figsize=(13, 10), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(grid.numpy(), cmap=ListedColormap([colour for _, colour in groups]), vmin=0, vmax=3)
-    axes.set(xlabel="digit to stop at", ylabel="digit to start from")
+    # pcolormesh draws each square with its own edge. White lines over imshow would leave a pixel of
+    # a square on their other side here and there: the two are rounded to pixels separately.
+    axes.pcolormesh(
+        range(size),
+        range(size),
+        grid.numpy(),
+        cmap=ListedColormap([colour for _, colour in groups]),
+        vmin=0,
+        vmax=3,
+        edgecolors="white",
+        linewidth=2 if size <= 12 else 0.7,
+    )
+    axes.set(xlabel="digit to stop at", ylabel="digit to start from", aspect="equal")
     ticks = range(0, size, 1 if size <= 12 else 5)
     axes.set(xticks=ticks, yticks=ticks)
-    axes.set_xticks([edge - 0.5 for edge in range(1, size)], minor=True)
-    axes.set_yticks([edge - 0.5 for edge in range(1, size)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=2 if size <= 12 else 0.7)
-    axes.tick_params(which="minor", length=0)
+    axes.invert_yaxis()
     wrong = [pair for pair, prediction in predictions.items() if not prediction.exact]
     for first, last in wrong:
         axes.text(
