@@ -121,6 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     parity = compare_runs(folder / "plain", folder / "lightning")
     rows = table(parity, folder)
     print_table(rows)
+    if parity.other_optimizer:
+        print(f"\n{parity.other_optimizer}")
     print(f"\nruns  {folder}")
     if own.page:
         print(f"page  {write_page(folder, parity, rows)}")

@@ -10,6 +10,15 @@ from torch import Tensor
 
 from transformer_scratch.run_folder import read_metrics
 
+# The numbers of an epoch, and of the test, that both programs compute.
+FIGURES = (
+    "train/loss_epoch",
+    "val/loss_epoch",
+    "val/exact_match",
+    "test/loss_epoch",
+    "test/exact_match",
+)
+
 
 @dataclass
 class Parity:
@@ -20,6 +29,7 @@ class Parity:
     skipped: tuple[int, int]  # updates that fp16 overflow skipped
     weights_equal: bool
     others: dict[str, bool] = field(default_factory=dict)  # norms, states, ...: equal or not
+    other_optimizer: str = ""  # what to say where the two were not given the same one
 
     @property
     def max_loss_difference(self) -> float:
@@ -57,12 +67,13 @@ def compare_runs(plain: Path, lightning: Path) -> Parity:
         """A column of the rows of updates."""
         return [row.get(name) for row in our_steps], [row.get(name) for row in their_steps]
 
-    figures = {}
+    figures = {}  # not those that a reader has added to train.py alone
     rows = itertools.zip_longest(our_epochs, their_epochs, fillvalue={})
     for index, (our_row, their_row) in enumerate(rows):
-        for name in sorted((our_row.keys() | their_row.keys()) - {"step", "epoch"}):
-            label = name if name.startswith("test/") else f"{name}, epoch {index}"
-            figures[label] = (our_row.get(name, math.nan), their_row.get(name, math.nan))
+        for name in FIGURES:
+            if name in our_row or name in their_row:
+                label = name if name.startswith("test/") else f"{name}, epoch {index}"
+                figures[label] = (our_row.get(name, math.nan), their_row.get(name, math.nan))
 
     return Parity(
         losses=list(itertools.zip_longest(*both("train/loss_step"), fillvalue=math.nan)),
@@ -79,6 +90,33 @@ def compare_runs(plain: Path, lightning: Path) -> Parity:
             "scaler state": same(ours["scaler"], theirs["scaler"]),
             "random state": same(ours["rng"][0]["torch"], theirs["rng"]),
         },
+        other_optimizer=compare_optimizers(ours["optimizer"], theirs["optimizer"]),
+    )
+
+
+def compare_optimizers(ours: dict, theirs: dict) -> str:
+    """One sentence where two state_dicts belong to different optimizers, or to other settings of
+    the same; otherwise nothing."""
+    of_the_moment = {"params", "lr"}  # the schedule's and the model's
+    plain, lightning = (
+        {
+            name: value
+            for name, value in state["param_groups"][0].items()
+            if name not in of_the_moment
+        }
+        for state in (ours, theirs)
+    )
+    names = [name for name in sorted(plain | lightning) if plain.get(name) != lightning.get(name)]
+    if not names:
+        return ""
+
+    def settings(optimizer: dict) -> str:
+        return ", ".join(f"{name} {optimizer[name]}" for name in names if name in optimizer)
+
+    return (
+        f"the twin has another optimizer: train.py's has {settings(plain)}; the twin's has "
+        f"{settings(lightning)}. The twin makes its own, in configure_optimizers of "
+        "comparison/train_lightning.py"
     )
 
 

@@ -66,11 +66,11 @@ def test_the_golden_losses_tell_faults_apart(losses, monkeypatch):
 
     from transformer_scratch import optimizer
 
-    def one_update_ahead(update, *others):
-        return factor(update + 1, *others)
+    def one_update_ahead(update, *others, **named):
+        return factor(update + 1, *others, **named)
 
-    def slightly_more(parameters, norm):
-        return clip(parameters, 1.01 * norm)
+    def slightly_more(parameters, norm, *others, **named):
+        return clip(parameters, 1.01 * norm, *others, **named)
 
     clip, factor = torch.nn.utils.clip_grad_norm_, optimizer.lr_factor
     for place, fault in (

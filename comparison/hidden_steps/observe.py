@@ -27,6 +27,7 @@ from transformer_scratch.optimizer import make_optimizer
 from transformer_scratch.run_folder import RunFolder, read_metrics
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
+NO_NUMBERS = "Cannot copy out of meta tensor"  # PyTorch's words
 
 
 @dataclass
@@ -122,11 +123,11 @@ def on_meta_device(train: ModuleType) -> Iterator[None]:
     """Stand in for a GPU by the meta device, which knows shapes and no numbers.
 
     Like a GPU it refuses tensors that are somewhere else. The training ends where it first reads a
-    number. What the device lacks (autocast, the fused optimizer, saving) is left out.
+    number (NO_NUMBERS). What the device lacks (autocast, the fused optimizer, saving) is left out.
     """
 
-    def optimizer(*arguments: object, fused: bool) -> torch.optim.Optimizer:
-        return make_optimizer(*arguments, fused=False)
+    def optimizer(*arguments: object, **options: object) -> torch.optim.Optimizer:
+        return make_optimizer(*arguments, **{**options, "fused": False})
 
     with (
         mock.patch.object(train, "choose_device", return_value=(torch.device("meta"), "")),
