@@ -97,16 +97,9 @@ def compare_runs(plain: Path, lightning: Path) -> Parity:
 def compare_optimizers(ours: dict, theirs: dict) -> str:
     """One sentence where two state_dicts belong to different optimizers, or to other settings of
     the same; otherwise nothing."""
-    of_the_moment = {"params", "lr"}  # the schedule's and the model's
-    plain, lightning = (
-        {
-            name: value
-            for name, value in state["param_groups"][0].items()
-            if name not in of_the_moment
-        }
-        for state in (ours, theirs)
-    )
-    names = [name for name in sorted(plain | lightning) if plain.get(name) != lightning.get(name)]
+    plain, lightning = (state["param_groups"][0] for state in (ours, theirs))
+    names = sorted((plain.keys() | lightning.keys()) - {"params", "lr"})  # lr: the schedule's
+    names = [name for name in names if plain.get(name) != lightning.get(name)]
     if not names:
         return ""
 
