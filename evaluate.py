@@ -5,6 +5,7 @@ python evaluate.py --pair 8 4       a pair of your choice
 python evaluate.py --source "8 4"   only answer; --source - reads questions from standard input
 python evaluate.py --beam 5         follow the five likeliest answers at once
 python evaluate.py --run runs/<name> --checkpoint last
+python evaluate.py --list           which runs there are
 """
 
 import itertools
@@ -41,6 +42,7 @@ from transformer_scratch.evaluation import (
 from transformer_scratch.hardware import choose_device, choose_threads, keep_freed_memory
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import newest_run, read_metrics
+from transformer_scratch.run_list import print_runs
 from transformer_scratch.task import Pair, Task
 from transformer_scratch.task_of_run import load_task
 
@@ -67,6 +69,8 @@ class Arguments:
     """Where to compute; auto takes a GPU if there is one."""
     pictures: bool = True
     """Draw what the model answers, where it looks and how it learned, in the run's pictures/."""
+    list: bool = False
+    """Only list the runs in runs/: seed, size, epochs, exact match, date."""
 
 
 def load_run(arguments: Arguments) -> tuple[dict, Path, Path]:
@@ -249,6 +253,9 @@ def save_results(result: dict, file: Path) -> None:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=arguments)
+    if arguments.list:
+        print_runs()
+        return
     if not 1 <= arguments.beam <= MOST_BEAMS:
         raise BadInput(f"--beam {arguments.beam} must be from 1 to {MOST_BEAMS}")
     if not 0 <= arguments.length_penalty <= 10:

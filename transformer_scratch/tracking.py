@@ -154,9 +154,13 @@ def open_run(config: Config, run: RunFolder, service: Service) -> str:
         wandb.run._public_api()._service_api._timeout = TABLE_TIMEOUT
         line += f"; {wandb.run.url}"
     if mode == "offline":
-        files = path_argument(files_of_run())
-        line += f"\n             look at it: {shell_command('wandb')} leet {files}"
-        line += f"\n             upload it:  {shell_command('wandb')} sync {files}"
+        look_at = to_upload = path_argument(files_of_run())
+        if earlier_parts:  # a resumed run: leet shows the parts side by side, sync needs each
+            look_at = path_argument(Path(files_of_run()).parent)
+            parts = [*map(shorter, earlier_parts), files_of_run()]
+            to_upload = " ".join(["--no-skip-online", *map(path_argument, parts)])
+        line += f"\n             look at it: {shell_command('wandb')} leet {look_at}"
+        line += f"\n             upload it:  {shell_command('wandb')} sync {to_upload}"
     return line
 
 
