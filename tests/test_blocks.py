@@ -20,20 +20,28 @@ def test_add_and_norm_by_hand():
     x, sublayer_output = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 0.0, 3.0]])
     total = torch.tensor([1.0, 2.0, 6.0])
     expected = (total - 3) / (((total - 3) ** 2).mean() + 1e-5).sqrt()
-    torch.testing.assert_close(AddAndNorm(3, dropout=0.0)(x, sublayer_output), expected[None])
+    torch.testing.assert_close(
+        AddAndNorm(3, dropout=0.0)(x, sublayer_output),
+        expected[None],
+        msg="a block is no longer post-norm, LayerNorm(x + Sublayer(x)), as in section 3.1",
+    )
 
 
 def test_only_the_output_of_sublayers_is_dropped():
-    """With everything dropped but the residual path, an encoder block is two norms (section
-    5.4)."""
+    """With everything dropped that can be, no weight of a sub-layer has a say, and the input still
+    has one: the residual path is not dropped (section 5.4)."""
     torch.manual_seed(0)
     block, x = EncoderBlock(8, 2, 32, dropout=0.5), torch.randn(2, 3, 8)
     for module in block.modules():
         if isinstance(module, nn.Dropout):
             module.forward = torch.zeros_like
     mask = torch.ones(2, 1, 1, 3, dtype=torch.bool)
-    norms = nn.functional.layer_norm(nn.functional.layer_norm(x, (8,)), (8,))
-    torch.testing.assert_close(block(x, mask), norms)
+    before = block(x, mask)
+    for sublayer in (block.self_attention, block.feed_forward):
+        for weight in sublayer.parameters():
+            nn.init.normal_(weight)
+    torch.testing.assert_close(block(x, mask), before, msg="a sub-layer's output is not dropped")
+    assert not torch.allclose(block(x + torch.randn(8), mask), before)
     assert sum(isinstance(module, nn.Dropout) for module in block.modules()) == 2
 
 

@@ -150,7 +150,12 @@ def test_equals_nn_transformer_with_masks(num_heads):
     )
     expected = features @ embedding.T
     got = ours(source, decoder_input)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        got,
+        expected,
+        msg="the model is no longer the paper's, as nn.Transformer computes it: post-norm, ReLU, "
+        "no norm after the last block",
+    )
 
     for logits in (got, expected):
         F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=PAD).backward()
@@ -272,9 +277,8 @@ def test_the_papers_base_model():
     # embeddings.
     d, f = 512, 2048
     encoder, decoder = 4 * d * d + 2 * d * f + f + d + 4 * d, 8 * d * d + 2 * d * f + f + d + 6 * d
-    assert sum(parameter.numel() for parameter in model.parameters()) == 37000 * d + 6 * (
-        encoder + decoder
-    )
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert found == 37000 * d + 6 * (encoder + decoder), "the paper's model has other weights"
 
 
 def test_logits_have_the_contracts_shape():
