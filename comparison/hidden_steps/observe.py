@@ -5,6 +5,7 @@ Names that train.py looks up when it runs are patched from outside; the source s
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -127,7 +128,9 @@ def on_meta_device(train: ModuleType) -> Iterator[None]:
     """
 
     def optimizer(*arguments: object, **options: object) -> torch.optim.Optimizer:
-        return make_optimizer(*arguments, **{**options, "fused": False})
+        given = inspect.signature(make_optimizer).bind(*arguments, **options)
+        given.arguments["fused"] = False
+        return make_optimizer(*given.args, **given.kwargs)
 
     with (
         mock.patch.object(train, "choose_device", return_value=(torch.device("meta"), "")),
