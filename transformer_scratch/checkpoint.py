@@ -29,13 +29,16 @@ class CheckpointError(BadInput):
 
 
 def checksum(content: object) -> str:
-    """SHA-256 over keys, types, shapes and values: torch.load alone accepts most flipped bits."""
+    """SHA-256 over keys, types, shapes and values: torch.load alone accepts most flipped bits.
+
+    All tensors must be on the CPU.
+    """
     sha = hashlib.sha256()
 
     def add(value: object) -> None:
         if isinstance(value, Tensor):
             sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            sha.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
             sha.update(b"{")
             for key, item in value.items():
@@ -54,13 +57,24 @@ def checksum(content: object) -> str:
     return sha.hexdigest()
 
 
+def on_cpu(content: object) -> object:
+    """The content with all tensors copied to the CPU, so that it loads where there is no GPU."""
+    if isinstance(content, Tensor):
+        return content.detach().cpu()
+    if isinstance(content, dict):
+        return {key: on_cpu(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(map(on_cpu, content))
+    return content
+
+
 def save_checkpoint(path: Path, content: dict, keep_old_as: Path | None = None) -> None:
     """Write under a temporary name, force to the disk, rename: there never is half a file.
 
     The file of that name from before becomes keep_old_as, once the new one is safe on the disk.
     Raises TrainingFault when the file cannot be written; what was there before stays.
     """
-    content = {"format": FORMAT, **content}
+    content = on_cpu({"format": FORMAT, **content})
     content["checksum"] = checksum(content)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
