@@ -29,14 +29,14 @@ from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.hardware import (
     AUTOCAST_TYPES,
-    allow_tf32,
     choose_device,
+    choose_kernels,
     choose_threads,
     compile_model,
     keep_freed_memory,
 )
 from transformer_scratch.model import Transformer
-from transformer_scratch.optimizer import average_weights, make_optimizer, make_schedule
+from transformer_scratch.optimizer import average_weights, can_fuse, make_optimizer, make_schedule
 from transformer_scratch.processes import start_processes
 from transformer_scratch.progress import Progress
 from transformer_scratch.random_state import RandomState, seed_everything
@@ -108,10 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     # ------------------------------------------------------------ 3. Model, optimizer, precision
 
     # The model moves first, as PyTorch asks: an optimizer holds on to the parameters it is given.
-    # It is not fused in fp16, where Lightning would then refuse to clip.
     model = Transformer.from_config(config, task)
     model.to(device)  # [hidden: model to the device]
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, fused=config.amp != "fp16")
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, can_fuse(config.amp, device))
     scheduler = make_schedule(optimizer, config.warmup_steps, config.schedule)
 
     # Weights jump about from update to update; their average answers better. It is not trained,
@@ -126,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = AUTOCAST_TYPES[config.amp]
     autocast = torch.amp.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    allow_tf32()
+    choose_kernels()
 
     # `model` owns the weights; `network` is what training calls. With several processes it also
     # averages the gradients over them.
@@ -135,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     network = model
     if processes.world_size > 1:
         network = DistributedDataParallel(model)  # [hidden: gradients averaged over the processes]
+        network.broadcast_buffers = False  # the only one, the table of positions, is constant
         # Up to here all processes drew the same random numbers, so they start with the same
         # weights. From here on dropout must differ between them.
         seed_everything(config.seed + processes.rank)
@@ -169,6 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     batches_per_epoch = len(train_loader.sampler)
     updates_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
     bar = summary.progress_bar(config.max_epochs * updates_per_epoch, progress.step, run)
+    scale = scaler.get_scale()  # reading it waits for the GPU: only once an update
 
     # ----------------------------------------------------------------------------- 5. The epochs
 
@@ -228,10 +229,10 @@ def main(arguments: list[str] | None = None) -> None:
 
             # Where fp16 gradients have overflowed, the scaler leaves the weights alone and lowers
             # its scale. Such an update was skipped, and the schedule must not count it.
-            scale_before = scaler.get_scale()
             scaler.step(optimizer)  # [hidden: optimizer step]
             scaler.update()  # [hidden: scaler update]
-            skipped = scaler.get_scale() < scale_before
+            scale_before, scale = scale, scaler.get_scale()
+            skipped = scale < scale_before
             lr = scheduler.get_last_lr()[0]  # the one that this update used
             if not skipped:
                 scheduler.step()  # [hidden: schedule]

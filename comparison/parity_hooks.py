@@ -40,22 +40,39 @@ class ScheduleWaitsForSkippedUpdates:
     Lightning's also counts those that fp16 skipped, so a part of the warm-up is spent on nothing.
     """
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_train_start(self) -> None:
+        super().on_train_start()
         self.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        self.scale = self.scaler.get_scale() if self.scaler else None
+        self.scale = self.scaler.get_scale() if self.scaler else 1.0
 
     def lr_scheduler_step(
         self, scheduler: torch.optim.lr_scheduler.LRScheduler, metric: None
     ) -> None:
-        if self.scaler is None or self.scaler.get_scale() >= self.scale:
+        scale_before, self.scale = self.scale, self.scaler.get_scale() if self.scaler else 1.0
+        if self.scale >= scale_before:
             scheduler.step()
+
+
+class UnscalesBeforeClipping:
+    """In fp16 the gradients are divided by the scale before they are clipped.
+
+    A fused optimizer could divide them in its kernel, so Lightning leaves it to that: after the
+    clipping, which then measures gradients that are 65,536 times too large.
+    """
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler and optimizer.defaults["fused"]:
+            scaler.unscale_(optimizer)
 
 
 class ClipsAndKeepsTheNorm:
     """Clipping works with the fused optimizer, and the norm it computes is logged.
 
-    In mixed precision Lightning refuses to clip for a fused optimizer, also in bf16, where nothing
-    is scaled. And it throws the norm away: the number that shows trouble first.
+    In mixed precision Lightning refuses to clip for a fused optimizer: in fp16 because it has not
+    unscaled the gradients, and in bf16, where nothing is scaled, too. And it throws the norm away:
+    the number that shows trouble first.
     """
 
     def configure_gradient_clipping(
@@ -114,6 +131,7 @@ class EpochMeansOverProcesses:
 HOOKS = (
     TokenWeightedUpdates,
     ScheduleWaitsForSkippedUpdates,
+    UnscalesBeforeClipping,
     ClipsAndKeepsTheNorm,
     AveragesWeights,
     OneSeedForEachProcess,

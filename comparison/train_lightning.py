@@ -27,14 +27,14 @@ from transformer_scratch.config import Config, load_config, run_name
 from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.hardware import (
-    allow_tf32,
     choose_device,
+    choose_kernels,
     choose_threads,
     compile_model,
     keep_freed_memory,
 )
 from transformer_scratch.model import Transformer
-from transformer_scratch.optimizer import make_optimizer, make_schedule
+from transformer_scratch.optimizer import can_fuse, make_optimizer, make_schedule
 from transformer_scratch.processes import start_processes
 from transformer_scratch.run_folder import RUNS
 from transformer_scratch.task import Pair, Task
@@ -53,9 +53,8 @@ class LitTransformer(pl.LightningModule):
             compile_model(self.model)
 
     def configure_optimizers(self) -> dict:
-        optimizer = make_optimizer(
-            self.model, self.config.lr, self.config.weight_decay, fused=self.config.amp != "fp16"
-        )
+        fused = can_fuse(self.config.amp, self.device)
+        optimizer = make_optimizer(self.model, self.config.lr, self.config.weight_decay, fused)
         schedule = make_schedule(optimizer, self.config.warmup_steps, self.config.schedule)
         return {
             "optimizer": optimizer,
@@ -149,7 +148,7 @@ def main(
     pl.seed_everything(config.seed)
 
     train_loader, val_loader, test_loader = make_loaders(config, task, processes, device)
-    allow_tf32()
+    choose_kernels()
 
     module = with_hooks(LitTransformer, hooks)(config, task)
     folder = Path(config.run_dir or RUNS / f"{run_name(config)}-lightning")

@@ -16,19 +16,19 @@ AUTOCAST_TYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def choose_device(accelerator: str, local_rank: int = 0) -> tuple[torch.device, str]:
     """-> the device, and why. Raises BadInput when it is not there, or cannot be used."""
-    found = {
-        "gpu": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
+    is_there = {  # asked only where it matters: CUDA answers by starting its driver
+        "gpu": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
     }
     reason = "as asked"
     if accelerator == "auto":
-        accelerator = next(name for name in found if found[name])
+        accelerator = next(name for name in is_there if is_there[name]())
         reason = "no GPU found" if accelerator == "cpu" else "found here"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if accelerator == "cpu" and visible:
             reason += f" with CUDA_VISIBLE_DEVICES={visible}"
-    if not found[accelerator]:
+    if not is_there[accelerator]():
         raise BadInput(
             f"--accelerator {accelerator}, but PyTorch finds none here; "
             "--accelerator cpu works everywhere"
@@ -61,15 +61,20 @@ def choose_precision(amp: str, device: torch.device, dim: int) -> tuple[str, str
         return amp, "as asked; slow on a CPU, good for seeing the loss scaler work"
     if amp == "bf16" and device.type == "cpu" and not has_bf16_units:
         return amp, "as asked; this CPU has no units for it, so it is slower than float32"
+    # Casting costs time, too: only matrices from this size on gain more by half precision.
+    is_wide = dim >= 256
+    # A GPU that computes bf16 has TF32 as well (compute capability 8 or more).
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    in_tf32 = "; it multiplies matrices in TF32, with 10 bits of mantissa instead of 23"
     if amp != "auto":
-        return amp, "as asked"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        return amp, "as asked" + (in_tf32 if amp == "off" and has_bf16 else "")
+    if device.type == "cuda" and is_wide:
+        if has_bf16:
             return "bf16", "this GPU computes it fast, and it needs no loss scaling"
         return "fp16", "this GPU has no fast bf16"
-    if device.type == "cpu" and dim >= 256 and has_bf16_units:
+    if device.type == "cpu" and is_wide and has_bf16_units:
         return "bf16", "this CPU multiplies matrices in it (AMX or AVX-512 BF16)"
-    return "off", "nothing to gain here from half precision"
+    return "off", "nothing to gain here from half precision" + (in_tf32 if has_bf16 else "")
 
 
 def choose_threads(dim: int, batch_size: int) -> str:
@@ -92,10 +97,17 @@ def choose_threads(dim: int, batch_size: int) -> str:
     return "a model this small gains little from more"
 
 
-def allow_tf32() -> None:
-    """Let a GPU multiply float32 matrices in TF32: faster, with 10 bits of mantissa, not 23."""
+def choose_kernels() -> None:
+    """Choose among a GPU's kernels, until main ends.
+
+    float32 matrices are multiplied in TF32: faster, with 10 bits of mantissa instead of 23. And
+    attention leaves cuDNN alone, which makes a plan for every shape that it has not met before:
+    batches, and the positions of decoding, come in dozens of shapes.
+    """
     when_main_ends(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     torch.set_float32_matmul_precision("high")
+    when_main_ends(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory() -> None:

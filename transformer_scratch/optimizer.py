@@ -13,12 +13,17 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW with the paper's betas (section 5.3).
 
-    fused: update all weights in one kernel. Not with the loss scaler: Lightning leaves unscaling to
-    a fused optimizer, which is too late for clipping.
+    fused: update all weights in one kernel, which also skips the update where the loss scaler has
+    found an overflow, without asking the host.
     """
     return torch.optim.AdamW(
         model.parameters(), lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=fused
     )
+
+
+def can_fuse(amp: str, device: torch.device) -> bool:
+    """Whether the fused kernel may be used: on Apple's GPUs it does not heed the loss scaler."""
+    return (amp, device.type) != ("fp16", "mps")
 
 
 def lr_factor(update: int, warmup_steps: int, schedule: str = "constant") -> float:
