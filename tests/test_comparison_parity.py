@@ -79,6 +79,7 @@ def write_files(folder: Path) -> dict[str, Path]:
     lines += [f"{word}\t{' '.join(word)}\n" for word in words[::9]]
     # Unknown tokens in both columns, which only the other two files have.
     parts = {"pairs": lines[:71], "val": [*lines[60:65], "axe\tx a\n"], "test": lines[66:70]}
+    parts["lengths"] = [f"{word}\t{'z' * (1 + number % 9)}\n" for number, word in enumerate(words)]
     for name, part in parts.items():
         (folder / f"{name}.tsv").write_text("".join(part), encoding="utf-8")
     return {name: folder / f"{name}.tsv" for name in parts}
@@ -149,7 +150,8 @@ def test_plain_lightning_needs_no_hook_in_the_simple_case(run_both):
 
 
 def test_without_its_hook_lightning_weighs_batches_instead_of_tokens(run_both):
-    parity = run_both("--accumulate 2", hooks=all_hooks_but("TokenWeightedUpdates"))
+    flags = "--pairs {lengths} --batch-size 8 --accumulate 2 --max-epochs 2"
+    parity = run_both(flags, hooks=all_hooks_but("TokenWeightedUpdates"))
     assert parity.max_loss_difference > 1e-4 and "weights" in parity.differences
 
 
@@ -159,11 +161,18 @@ def test_without_its_hook_lightnings_schedule_counts_skipped_updates(run_both):
     assert "learning rates" in parity.differences
 
 
-def test_without_its_hook_lightning_refuses_to_clip_for_a_fused_optimizer_in_bf16(capsys):
-    flags = [*SMALL.split(), "--amp", "bf16", "--run-dir", "lightning"]
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_without_its_hook_lightning_refuses_to_clip_for_a_fused_optimizer(amp, capsys):
+    flags = [*SMALL.split(), "--amp", amp, "--run-dir", "lightning"]
     with pytest.raises(SystemExit):
         train_lightning.main(flags, hooks=all_hooks_but("ClipsAndKeepsTheNorm"))
     assert "does not allow for gradient clipping" in capsys.readouterr().err
+
+
+def test_without_its_hook_lightning_clips_the_scaled_gradients(run_both):
+    parity = run_both("--amp fp16", hooks=all_hooks_but("UnscalesBeforeClipping"))
+    assert parity.max_loss_difference > 1e-4
+    assert {"gradient norms", "weights"} <= {*parity.differences}
 
 
 def test_without_its_hook_the_twin_judges_the_weights_of_the_start(run_both):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from transformer_scratch.errors import BadInput, when_main_ends
+from transformer_scratch.errors import BadInput, exit_code_so_far, when_main_ends
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,11 @@ def leave_process_group() -> None:
     """
     if sys.exc_info()[0] is None:
         dist.destroy_process_group()
-    else:
-        atexit.register(dist.destroy_process_group)
+        return
+    if exit_code_so_far() == 1 and torch.cuda.is_initialized():
+        # Perhaps a fault of this process alone: NCCL would wait for what the others are to send.
+        dist.group.WORLD._get_backend(torch.device("cuda")).abort()
+    atexit.register(dist.destroy_process_group)
 
 
 def name_of_this_start(store: dist.Store, rank: int, world_size: int) -> str:

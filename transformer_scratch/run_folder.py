@@ -275,7 +275,11 @@ def epoch_of(path: Path) -> int | None:
 
 def environment() -> dict[str, object]:
     """What must match for a bit-identical resume: the order of sums depends on it."""
-    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
+    }
 
 
 def read_tensors(rows: list[dict]) -> None:
