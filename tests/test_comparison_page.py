@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import PROJECT
 
 from comparison.hidden_steps import page, table
@@ -23,7 +24,13 @@ SOURCE = (PROJECT / "train.py").read_text(encoding="utf-8")
 def example(folder: Path) -> Path:
     losses = [(3 * math.exp(-step / 80), 3 * math.exp(-step / 80)) for step in range(300)]
     parity = Parity(losses, {}, skipped=(0, 0), weights_equal=True)
-    return page.write_page(folder, parity, [("val/loss_epoch, epoch 0", "0.25", "0.75")])
+    held = ", ".join(["averaged", "optimizer_states", "pytorch-lightning_version"] * 4)
+    rows = [
+        ("val/loss_epoch, epoch 0", "0.25", "0.75"),
+        ("weights at the end", "", "equal"),
+        ("in the checkpoint written last", held, held),
+    ]
+    return page.write_page(folder, parity, rows)
 
 
 def test_every_tag_is_explained_in_the_order_of_the_loop():
@@ -69,6 +76,30 @@ def test_the_page_is_one_file_and_holds_all(tmp_path):
     assert {tag for row in rows for tag in row.split("|")} == set(steps)
 
 
+def drawn(losses: list[tuple[float, float]]) -> dict:
+    return page.curves(Parity(losses, {}, skipped=(0, 0), weights_equal=True))
+
+
+def test_no_difference_is_drawn_against_the_smallest_there_could_be():
+    losses = [(3.25, 3.25), (2.5, 2.5), (0.5, 0.5)]
+    assert drawn(losses)["difference"] == "0.0,500.0 500.0,500.0 1000.0,500.0"
+    next_number = torch.nextafter(torch.tensor(3.25), torch.tensor(4.0)).item()
+    assert drawn(losses)["scale"] == f"{next_number - 3.25:.2g}" == "2.4e-07"
+
+
+def test_a_difference_fills_its_drawing():
+    curves = drawn([(3.0, 3.0), (2.0, 1.5), (1.0, 1.25)])
+    assert curves["gap"] == 0.5
+    assert curves["difference"] == "0.0,500.0 500.0,0.0 1000.0,750.0"
+
+
+def test_a_loss_that_is_missing_is_left_out_and_counted():
+    curves = drawn([(3.0, 3.0), (2.0, math.nan), (1.0, 1.0)])
+    assert curves["not_drawn"] == 1
+    assert curves["ours"] == "0.0,0.0 1000.0,666.7"
+    assert drawn([(math.nan, math.nan)])["ours"] == ""
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """A headless Chromium, steered through its driver."""
@@ -90,7 +121,7 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def shown(browser, tmp_path):
     """The page, opened at the size of a projector. -> the browser."""
-    browser.set_window_size(1600, 1000)
+    resize(browser, 1600, 1000)
     browser.get(example(tmp_path).as_uri())
     yield browser
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
@@ -154,7 +185,7 @@ BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
 
 
 @pytest.mark.browser
-def test_light_and_dark_and_a_phone(shown):
+def test_light_and_dark(shown):
     backgrounds = []
     for scheme in ("light", "dark"):
         shown.execute_cdp_cmd(
@@ -164,12 +195,43 @@ def test_light_and_dark_and_a_phone(shown):
         backgrounds.append(sum(map(int, re.findall(r"\d+", shown.execute_script(BACKGROUND))[:3])))
     assert backgrounds[0] > 650 > 200 > backgrounds[1]
 
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    shown.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    width = shown.execute_script("return document.documentElement.scrollWidth")
-    assert width <= 390  # nothing to scroll sideways
+
+def resize(browser, width: int, height: int, phone: bool = False) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+@pytest.mark.browser
+def test_on_a_phone_one_program_is_below_the_other(shown):
+    resize(shown, 390, 844, phone=True)
     tops = [shown.find_element("id", side).rect["y"] for side in ("ours", "theirs")]
-    assert tops[1] > tops[0] + 200  # one below the other
+    assert tops[1] > tops[0] + 200
     shown.find_element("css selector", ".tags button").click()
     assert lit(shown, "ours") and lit(shown, "theirs")
-    shown.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+SIZES = {"phone": (390, 844), "laptop": (1366, 768), "projector": (1920, 1080)}
+# Of elements whose own text is wider than they are, the text.
+CUT_OFF = """
+const cells = [...document.querySelectorAll('p, th, td, dd, figcaption, .scale, .updates')];
+return cells.filter(cell => cell.scrollWidth > cell.clientWidth).map(cell => cell.textContent);
+"""
+FONT_SIZES = """
+const texts = document.querySelectorAll('p, dt, dd, button, pre, th, td, figcaption, figure span');
+return [...texts].map(text => parseFloat(getComputedStyle(text).fontSize));
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", SIZES)
+def test_everything_can_be_read(shown, size):
+    resize(shown, *SIZES[size], phone=size == "phone")
+    width = shown.execute_script("return document.documentElement.scrollWidth")
+    assert width <= SIZES[size][0]  # nothing to scroll sideways
+    for button in shown.find_elements("css selector", ".tags button"):
+        button.click()
+        assert "`" not in shown.execute_script("return document.body.innerText")
+        assert shown.execute_script(CUT_OFF) == []
+    first_column = shown.find_element("css selector", "tbody th").size["width"]
+    assert first_column >= min(0.35 * width, 250)
+    assert min(shown.execute_script(FONT_SIZES)) >= 12

@@ -1,10 +1,12 @@
 """One HTML file with both programs side by side, each hidden step linked. It needs no network."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -24,9 +26,9 @@ def write_page(folder: Path, parity: Parity, rows: list[tuple[str, str, str]]) -
     theirs_from = line_number(theirs, "class LitTransformer")
     steps = {
         hidden.tag: {
-            "lightning": hidden.lightning.replace("`", ""),
-            "where": " in ".join(reversed(hidden.where.split(":"))),
-            "without": hidden.without.replace("`", ""),
+            "lightning": with_code(hidden.lightning),
+            "where": with_code(breakable("`{1}` in `{0}`".format(*hidden.where.split(":")))),
+            "without": with_code(hidden.without),
         }
         for hidden in HIDDEN
     }
@@ -50,12 +52,22 @@ def write_page(folder: Path, parity: Parity, rows: list[tuple[str, str, str]]) -
             },
         ],
         curves=curves(parity),
-        rows=rows,
+        rows=[tuple(map(breakable, row)) for row in rows],
         colours=Markup(colours()),
     )
     file = folder / "page.html"
     file.write_text(html, encoding="utf-8")
     return file
+
+
+def with_code(text: str) -> Markup:
+    """What stands between backticks becomes <code>; all else is escaped, unless it is Markup."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def breakable(text: str) -> Markup:
+    """Escaped, and with places where a narrow column may break it: after each _ and /."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(text))))
 
 
 def line_number(source: str, text: str) -> int:
@@ -83,7 +95,7 @@ def code_lines(text: str, tags_of_line: dict[int, list[str]], first: int) -> lis
     """Each line from the first on, highlighted, with the tags that light it up."""
     html = highlight(text, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).splitlines()
     lines = [
-        {"number": number, "html": Markup(line), "tags": tags_of_line.get(number, [])}
+        {"number": number, "html": with_code(Markup(line)), "tags": tags_of_line.get(number, [])}
         for number, line in enumerate(html, start=1)
     ]
     return lines[first - 1 :]
@@ -99,19 +111,32 @@ def colours() -> str:
 
 
 def curves(parity: Parity) -> dict:
-    """The points of both loss curves and of their difference, in a drawing 1000 wide."""
-    largest = max(max(pair) for pair in parity.losses)
-    gap = parity.max_loss_difference or 1.0
-    distance = 950 / max(1, len(parity.losses) - 1)
+    """The points of both loss curves and of their difference, in drawings 1000 wide and high."""
+    # An update that one of them lacks, or whose loss is NaN, cannot be drawn.
+    drawn = {
+        step: (ours, theirs)
+        for step, (ours, theirs) in enumerate(parity.losses)
+        if math.isfinite(ours) and math.isfinite(theirs)
+    }
+    largest = max((max(pair) for pair in drawn.values()), default=1.0)
+    differences = [ours - theirs for ours, theirs in drawn.values()]
+    gap = max(map(abs, differences), default=0.0)
+    # Differences that are all 0 have no scale. They are shown against the smallest one that two
+    # losses as large as the largest can have in float32, with its 24 binary digits.
+    scale = gap or 2.0 ** (math.frexp(largest)[1] - 24)
 
     def points(values: list[float]) -> str:
-        return " ".join(f"{50 + i * distance:.1f},{y:.1f}" for i, y in enumerate(values))
+        distance = 1000 / max(1, len(parity.losses) - 1)
+        places = zip(drawn, values, strict=True)
+        return " ".join(f"{step * distance:.1f},{y:.1f}" for step, y in places)
 
     return {
-        "largest": f"{largest:.2f}",
         "updates": len(parity.losses),
-        "gap": parity.max_loss_difference,
-        "ours": points([300 - 295 * ours / largest for ours, _ in parity.losses]),
-        "theirs": points([300 - 295 * theirs / largest for _, theirs in parity.losses]),
-        "difference": points([380 - 30 * (ours - theirs) / gap for ours, theirs in parity.losses]),
+        "not_drawn": len(parity.losses) - len(drawn),
+        "largest": f"{largest:.2f}",
+        "gap": gap,
+        "scale": f"{scale:.2g}",
+        "ours": points([1000 - 1000 * ours / largest for ours, _ in drawn.values()]),
+        "theirs": points([1000 - 1000 * theirs / largest for _, theirs in drawn.values()]),
+        "difference": points([500 - 500 * difference / scale for difference in differences]),
     }
