@@ -1,4 +1,6 @@
-"""Batches for tests."""
+"""A task and batches for tests."""
+
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -6,6 +8,25 @@ from torch.nn import functional as F
 from transformer_scratch.batches import Batch, BatchIndices, PairDataset
 from transformer_scratch.digits import Digits
 from transformer_scratch.task import Pair
+
+
+class Counting(Digits):
+    """The article's task, for tests of something else: answers of one to ten tokens, also where the
+    program has been given another task."""
+
+    def answer(self, pair: Pair) -> list[int]:
+        first, last = pair
+        step = 1 if last >= first else -1
+        return list(range(first, last + step, step))
+
+
+def trained_on_counting() -> mock._patch:
+    """Inside, train.py trains on Counting."""
+
+    def make_task(config, checkpoint: dict | None = None) -> Counting:
+        return Counting.from_config(config)
+
+    return mock.patch("transformer_scratch.config.make_task", make_task)
 
 
 def batch_of(data: PairDataset, samples: list[int] | None = None) -> Batch:

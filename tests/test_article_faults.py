@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 from metrics import read_metrics
-from samples import batch_of, padded_batch
+from samples import Counting, batch_of, padded_batch
 from torch.nn import functional as F
 
 import evaluate as evaluate_script
@@ -20,11 +20,14 @@ from train import token_loss
 from transformer_scratch.attention import padding_mask
 from transformer_scratch.batches import PairDataset
 from transformer_scratch.checkpoint import load_checkpoint
-from transformer_scratch.digits import Digits, split_pairs
+from transformer_scratch.config import Config
+from transformer_scratch.digits import split_pairs
 from transformer_scratch.evaluation import Prediction
 from transformer_scratch.model import Transformer, positional_encoding
+from transformer_scratch.task_of_run import make_task
 
-TASK = Digits()
+TASK = make_task(Config())  # the program's
+COUNTING = Counting()
 PAIRS = [(8, 4), (3, 6), (0, 9), (5, 5)]
 
 
@@ -123,7 +126,7 @@ def test_padding_is_no_key(model, monkeypatch):
 def test_padding_is_not_in_the_loss(model):
     """A pair's loss must not change with the longer pairs beside it, which decide how much
     padding it gets."""
-    data = PairDataset(TASK, PAIRS)
+    data = PairDataset(COUNTING, PAIRS)
     rows = range(len(PAIRS))
 
     def alone_and_together(loss_sum) -> tuple[float, float]:
@@ -131,7 +134,7 @@ def test_padding_is_not_in_the_loss(model):
         return sum(loss_sum(batch_of(data, [row])) for row in rows), together
 
     def ours(batch) -> float:
-        return token_loss(model, batch, TASK.pad_id).item() * batch.num_tokens
+        return token_loss(model, batch, COUNTING.pad_id).item() * batch.num_tokens
 
     def faulty(batch) -> float:
         logits = model(batch.source, batch.decoder_input)
@@ -146,9 +149,9 @@ def test_padding_is_not_in_the_loss(model):
 def test_padding_is_not_in_the_accuracy(capsys):
     """An answer that is wrong from its first token to its last gets 0, not a point for every
     pad behind it."""
-    target = [*TASK.answer((8, 4)), TASK.end_id]
-    wrong = Prediction((8, 4), [0, 0, 0, 0, 0, 0, TASK.end_id], [target])
-    evaluate_script.print_article_block(TASK, wrong)
+    target = [*COUNTING.answer((8, 4)), COUNTING.end_id]
+    wrong = Prediction((8, 4), [0, 0, 0, 0, 0, 0, COUNTING.end_id], [target])
+    evaluate_script.print_article_block(COUNTING, wrong)
     assert "accuracy    : 0\n" in capsys.readouterr().out
     padding = [TASK.pad_id] * TASK.seq_len
     with_padding = zip((wrong.tokens + padding)[:16], (target + padding)[:16], strict=True)

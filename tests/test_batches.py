@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
-from samples import batch_of
+from samples import Counting, batch_of
 
 from transformer_scratch.batches import (
     UPDATES_PER_WINDOW,
@@ -16,9 +16,9 @@ from transformer_scratch.batches import (
     PairDataset,
     make_loader,
 )
-from transformer_scratch.digits import Digits, make_datasets, split_pairs
+from transformer_scratch.digits import make_datasets, split_pairs
 
-TASK = Digits()
+TASK = Counting()
 PAIRS = TASK.all_pairs()
 
 
@@ -62,7 +62,7 @@ def test_a_batch_is_cut_to_its_longest():
 
 
 def test_a_batch_knows_whether_its_source_is_padded():
-    class OneOrTwo(Digits):
+    class OneOrTwo(Counting):
         def encode_source(self, pair):
             return [self.start_id, *set(pair), self.end_id]  # a source of its own length
 
@@ -126,7 +126,7 @@ def test_updates_are_sorted_by_length_and_come_in_random_order():
 
 
 def test_sources_break_ties_of_the_target():
-    class LongerSource(Digits):
+    class LongerSource(Counting):
         def encode_source(self, pair):
             return [self.start_id, *pair, *[0] * pair[0], self.end_id]
 

@@ -31,10 +31,15 @@ SETTINGS = (
 
 def compute() -> list[float]:
     from metrics import step_losses
+    from samples import trained_on_counting
 
     import train
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        trained_on_counting(),
+    ):
         train.main([*SETTINGS.split(), "--run-dir", f"{folder}/run"])
         return step_losses(Path(folder) / "run")
 

@@ -6,18 +6,25 @@ import math
 import pytest
 import torch
 from metrics import read_metrics, step_losses
-from samples import batch_of
+from samples import Counting, batch_of, trained_on_counting
 
 import train as train_script
 from transformer_scratch.batches import BatchSampler, PairDataset
 from transformer_scratch.checkpoint import load_checkpoint
-from transformer_scratch.digits import Digits, make_datasets, split_pairs
+from transformer_scratch.digits import make_datasets, split_pairs
 from transformer_scratch.evaluation import exact_match, predict
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import lr_factor, make_optimizer, make_schedule
 
-TASK = Digits()
+TASK = Counting()
 SMALL = ["--dim", 16, "--num-layers", 1, "--dropout", 0, "--warmup-steps", 0, "--seed", 7]
+
+
+@pytest.fixture(autouse=True)
+def counting():
+    """The numbers below are those of this task, whatever train.py's is."""
+    with trained_on_counting():
+        yield
 
 
 def first_batch(num_datas: int, batch_size: int):

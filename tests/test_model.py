@@ -5,15 +5,14 @@ import math
 
 import pytest
 import torch
-from samples import padded_batch
+from samples import Counting, padded_batch
 from torch import nn
 from torch.nn import functional as F
 
 from transformer_scratch.attention import MultiHeadAttention, causal_mask
-from transformer_scratch.digits import Digits
 from transformer_scratch.model import Transformer, positional_encoding
 
-TASK = Digits()
+TASK = Counting()
 V, PAD = TASK.vocab_size, TASK.pad_id
 
 

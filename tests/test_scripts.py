@@ -11,10 +11,12 @@ from conftest import TINY
 
 import train as train_script
 from transformer_scratch.checkpoint import load_checkpoint
-from transformer_scratch.digits import Digits, split_pairs
+from transformer_scratch.config import Config
+from transformer_scratch.digits import split_pairs
 from transformer_scratch.run_folder import read_metrics
+from transformer_scratch.task_of_run import make_task
 
-TASK = Digits()
+TASK = make_task(Config())  # that of a run
 NAME = "sn-data-320-head1-dim16-lr0.01"
 FLAGS = [*TINY, "--lr", "0.01", "--warmup-steps", "5", "--wandb", "disabled"]
 
@@ -231,8 +233,9 @@ def test_the_articles_block(finished):
     names = [line.split(":")[0].strip() for line in lines[:6]]
     assert names == ["x", "dec_input", "target", "prediction", "accuracy", "chance rate"]
     values = [line.split(": ")[1] for line in lines[:6]]
-    assert values[0] == str([[11, 8, 4, 12, *[13] * 12]])
-    assert values[2] == str([[8, 7, 6, 5, 4, 12, *[13] * 9]])
+    source, (target,) = TASK.encode_source((8, 4)), TASK.answers((8, 4))
+    for shown, ids, length in ((values[0], source, 16), (values[2], target, 15)):
+        assert shown == str([ids + [TASK.pad_id] * (length - len(ids))])
     dec_input, prediction = json.loads(values[1])[0], json.loads(values[3])[0]
     assert len(dec_input) == len(prediction) == 15 and dec_input == [11, *prediction[:-1]]
     assert 0 <= float(values[4]) <= 1 and values[5] == "0.07143"
@@ -244,7 +247,8 @@ def test_evaluation_of_a_model_that_has_learned(script):
     """With the default settings: trained pairs exact, the chosen pair answered."""
     assert script("train.py", "--wandb", "disabled", timeout=300).returncode == 0
     process = script("evaluate.py", "--pair", 8, 4)
-    prediction = [8, 7, 6, 5, 4, TASK.end_id, *[TASK.pad_id] * 9]
+    (target,) = TASK.answers((8, 4))
+    prediction = target + [TASK.pad_id] * (TASK.max_target_len - len(target))
     assert f"prediction  : [{prediction}]" in process.stdout
     assert "accuracy    : 1\n" in process.stdout
     (run,) = Path("runs").iterdir()
