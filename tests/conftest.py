@@ -23,8 +23,6 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
 # A notebook's, which need not exist here: Lightning imports matplotlib, which reads it.
 os.environ.pop("MPLBACKEND", None)
-# What they expect is a CPU's: its precision, its messages.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Exactness needs a fixed number of threads, in subprocesses too: another number adds up sums in
 # another order.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -43,6 +41,10 @@ collect_ignore_glob = ["test_comparison*.py"] if without_comparison else []
 
 
 def pytest_configure(config):
+    # What all other tests expect is a CPU's: its precision, its messages. PyTorch has not looked
+    # for a GPU yet.
+    if config.option.markexpr != "gpu":  # as in make test-gpu
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if without_comparison and os.environ.get("REQUIRE_COMPARISON") == "1":
         raise pytest.UsageError(
             "REQUIRE_COMPARISON=1, but Lightning is not installed: "

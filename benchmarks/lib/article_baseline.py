@@ -35,7 +35,7 @@ class ArticleAttention(nn.Module):
         )
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (B, H, T, S)
         if causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(hidden, -torch.inf)
         heads = self.dropout(scores.softmax(dim=-1)) @ value  # (B, H, T, K)
         return self.output(heads.transpose(1, 2).flatten(2))

@@ -56,6 +56,13 @@ def ratio(of: Timing, to: Timing) -> Timing:
     return Timing([a / b for a, b in zip(of.seconds, to.seconds, strict=True)])
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, read when the device has done all that it has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def threads() -> str:
     count = torch.get_num_threads()
     return "1 thread" if count == 1 else f"{count} threads"
@@ -101,7 +108,9 @@ def machine() -> dict:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
         model = next(names, model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
     return {
+        "gpu": gpu,
         "cpu": model,
         "threads": torch.get_num_threads(),
         "vector units": torch.backends.cpu.get_cpu_capability(),

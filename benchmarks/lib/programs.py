@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator
 import transformer_scratch.own_matplotlib  # noqa: F401 - before Lightning, which imports it, too
 
 # isort: split
-import pytorch_lightning as pl
 import wandb
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
-from comparison import train_lightning
 from transformer_scratch.batches import make_loaders
 from transformer_scratch.config import load_config
 from transformer_scratch.errors import exits_cleanly
@@ -87,17 +85,42 @@ def quietly() -> Iterator[str]:
             wandb.finish()
 
 
+def run_to_the_end(
+    program: Callable[[list[str]], object],
+    flags: list[str],
+    read: Callable[[int], object],
+) -> list:
+    """-> read(number of the update), from 1, at the end of each update."""
+    readings = []
+    hook = register_optimizer_step_post_hook(lambda *_: readings.append(read(len(readings) + 1)))
+    try:
+        with quietly() as folder:
+            program([*flags, "--run-dir", folder, "--wandb", "disabled"])
+    finally:
+        hook.remove()
+    return readings
+
+
 def run_train(flags: list[str]) -> None:
     train.main(flags)
 
 
+# Lightning is imported where it is needed: without it train.py can be measured alone.
+
+
 def run_lightning(flags: list[str]) -> None:
+    from comparison import train_lightning
+
     train_lightning.main(flags, callbacks=[])  # without the recorder, which only the proof needs
 
 
 @exits_cleanly
 def run_barebones_lightning(flags: list[str]) -> None:
     """trainer.fit with all switched off that can be: logging, bar, checkpoints, checks."""
+    import pytorch_lightning as pl
+
+    from comparison import train_lightning
+
     processes = start_processes()
     config, task, _, _ = load_config(flags, processes)
     device, _ = choose_device(config.accelerator)
