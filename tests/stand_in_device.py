@@ -217,6 +217,9 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
             ~attn_mask, -torch.inf
         )
+    if dropout_p > 0:  # as in nn.Transformer; that kernel has none
+        formula = aten._scaled_dot_product_attention_math.default
+        return formula(query, key, value, attn_mask, dropout_p, is_causal)[0]
     kernel = aten._scaled_dot_product_flash_attention_for_cpu.default
     return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask)[0]
 
