@@ -11,7 +11,10 @@ often the host waits for the GPU.
 
 import functools
 import importlib.util
+import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,15 +90,24 @@ class Arguments(Options):
 
 
 class Page:
-    """Prints each table as soon as it is measured, and keeps them all."""
+    """Prints each table as soon as it is measured, and keeps them all.
+
+    Where one cannot be measured the others still are.
+    """
 
     def __init__(self, device: torch.device, quick: bool):
-        self.device, self.quick, self.tables = device, quick, {}
+        self.device, self.quick, self.tables, self.missing = device, quick, {}, []
         self.on_gpu = device.type == "cuda"
 
-    def add(self, title: str, rows: list[dict]) -> None:
-        self.tables[title] = rows
-        print_table(title, rows)
+    def add(self, title: str, measure: Callable[..., list[dict]], *arguments: object) -> None:
+        try:
+            rows = measure(self, *arguments)
+        except (Exception, SystemExit):  # train.py exits by itself, and has said why
+            traceback.print_exc()
+            self.missing.append(title)
+        else:
+            self.tables[title] = rows
+            print_table(title, rows)
 
     def sizes(self, *sizes: Size) -> tuple[Size, ...]:
         return (TINY,) if self.quick else sizes
@@ -142,6 +154,10 @@ def matrix_peak(page: Page, amp: str) -> float:
             a @ a
         seconds.append((clock(page.device) - started) / 5)
     return 2 * size**3 / min(seconds)
+
+
+def peak_rows(page: Page, peaks: dict[str, float]) -> list[dict]:
+    return [{"--amp": amp, "TFLOP/s": peak / 1e12} for amp, peak in peaks.items()]
 
 
 def as_many_windows_as_fit(step: TrainingStep, seconds: float) -> TrainingStep:
@@ -369,21 +385,20 @@ def main(arguments: list[str] | None = None) -> None:
     choose_kernels()
     torch.manual_seed(0)
     page = Page(device, options.quick)
-    page.add("The device", device_rows(page))
+    page.add("The device", device_rows)
     peaks = {amp: matrix_peak(page, amp) for amp in precisions(page)}
-    page.add(
-        "The most it reaches in one large matrix product",
-        [{"--amp": amp, "TFLOP/s": peak / 1e12} for amp, peak in peaks.items()],
-    )
-    page.add("Training by size and precision", speed_rows(page, peaks))
-    page.add("Against nn.Transformer and the article's way", against_others_rows(page))
+    page.add("The most it reaches in one large matrix product", peak_rows, peaks)
+    page.add("Training by size and precision", speed_rows, peaks)
+    page.add("Against nn.Transformer and the article's way", against_others_rows)
     if importlib.util.find_spec("pytorch_lightning"):
-        page.add("Against the Lightning twin", against_the_twin_rows(page, options.accelerator))
-    page.add("The article's command", article_rows(page, options.accelerator))
-    page.add("Decoding", decoding_rows(page))
-    page.add("Waits of the host for the GPU", waits_rows(page, options.accelerator))
+        page.add("Against the Lightning twin", against_the_twin_rows, options.accelerator)
+    page.add("The article's command", article_rows, options.accelerator)
+    page.add("Decoding", decoding_rows)
+    page.add("Waits of the host for the GPU", waits_rows, options.accelerator)
     print(f"\nmeasured in {time.perf_counter() - started:.0f} s")
     save_json(options, "gpu", {"tables": page.tables})
+    if page.missing:
+        sys.exit(f"not measured, see above: {'; '.join(page.missing)}")
 
 
 if __name__ == "__main__":

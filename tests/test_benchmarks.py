@@ -1,19 +1,24 @@
 """Every benchmark prints its table, and all it compares do the same work. Nothing here is timed."""
 
+import importlib.util
 import json
+import sys
+import warnings
 
 import pytest
 import torch
 
-from benchmarks import decoding, generalisation, scaling, throughput
+from benchmarks import decoding, generalisation, gpu, scaling, throughput
 from benchmarks.lib.article_baseline import ArticleTransformer, article_loader
 from benchmarks.lib.measure import Timing, interleave
+from benchmarks.lib.programs import quietly
 from benchmarks.lib.training_steps import (
     PaddedDataset,
     TorchTransformer,
     TrainingSteps,
     our_loss,
 )
+from benchmarks.lib.waits import Waits
 from transformer_scratch.batches import BatchIndices, PairDataset
 from transformer_scratch.digits import Digits
 from transformer_scratch.model import Transformer
@@ -56,6 +61,60 @@ def test_generalisation_counts_what_evaluate_found(monkeypatch, tmp_path, capsys
     assert f"| mean | {row['trained']:.1%} | {row['unseen']:.1%} |" in printed
     right = 0.8 * row["trained"] + 0.2 * row["unseen"]
     assert len(row["wrong"]) == round(100 * (1 - right)) > 0, "two updates teach it little"
+
+
+# ---------------------------------------------------------------------------- the page about a GPU
+
+
+@pytest.mark.slow
+def test_the_page_about_a_gpu_runs_through_on_the_cpu(tmp_path, capsys):
+    gpu.main(["--quick", "--accelerator", "cpu", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    tables = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["tables"]
+    with_twin = importlib.util.find_spec("pytorch_lightning") is not None
+    assert len(tables) == 7 + with_twin
+    for title, rows in tables.items():
+        assert f"\n{title}\n" in printed and rows
+    (article,) = tables["The article's command"]
+    assert article["updates"] == "6" and 0 < article["s in steps"] < article["s in all"]
+
+
+def test_without_a_gpu_the_page_is_refused_in_a_line(capsys):
+    for flags in ([], ["--quick"], ["--accelerator", "cpu"]):
+        with pytest.raises(SystemExit) as refused:
+            gpu.main(flags)
+        assert refused.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_table_that_fails_does_not_cost_the_others(capsys):
+    page = gpu.Page(torch.device("cpu"), quick=True)
+    page.add("fails", lambda page: 1 / 0)
+    page.add("exits", lambda page: sys.exit(1))
+    page.add("works", lambda page: [{"a": "1"}])
+    assert page.missing == ["fails", "exits"] and list(page.tables) == ["works"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_waits_for_a_gpu_are_counted_by_line_also_while_warnings_are_hidden(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    waits = Waits()
+    with quietly(), waits.counting():
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation (Triggered ...)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert waits.count == 3 and modes == ["warn", "default"]
+    ((line, count),) = waits.by_line.items()
+    assert line.startswith("test_benchmarks.py: warnings.warn(") and count == 3
+
+
+def test_what_a_program_printed_is_shown_when_it_fails(capsys):
+    with pytest.raises(SystemExit), quietly():
+        print("why it failed")
+        sys.exit(1)
+    assert "why it failed" in capsys.readouterr().err
 
 
 def test_contenders_take_turns():

@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import logging
+import sys
 import tempfile
 import time
 import warnings
@@ -69,11 +70,12 @@ def update_seconds(*arguments: object, **options: object) -> list[float]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[str]:
-    """Hide what a program prints. -> a folder for its run, removed afterwards."""
+    """Hide what a program prints, unless it fails. -> a folder for its run, removed afterwards."""
+    hidden, shown = io.StringIO(), sys.stderr
     with (
         tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(hidden),
+        contextlib.redirect_stderr(hidden),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -81,6 +83,11 @@ def quietly() -> Iterator[str]:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             yield f"{folder}/run"
+        except Enough:
+            raise
+        except BaseException:
+            print(hidden.getvalue(), file=shown)
+            raise
         finally:
             wandb.finish()
 
