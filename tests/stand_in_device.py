@@ -20,13 +20,14 @@ import runpy
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -99,9 +100,35 @@ class StandIn(TorchDispatchMode):
         return compute(operation, arguments, options or {})
 
 
+def tensors_in(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    if isinstance(value, list | tuple | dict):
+        return [tensor for part in parts for tensor in tensors_in(part)]
+    return []
+
+
+def with_tensors(value: object, kind: type, change: Callable[[Tensor], Tensor]) -> object:
+    """The value with all tensors of a kind changed, in lists, tuples and dicts too."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: with_tensors(part, kind, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(with_tensors(part, kind, change) for part in value)
+    return value
+
+
+@cache
+def aliases(operation) -> bool:
+    """Whether the result is, or looks into, the memory of an argument."""
+    return any(output.alias_info for output in operation._schema.returns)
+
+
 def compute(operation, arguments: tuple, options: dict) -> object:
     """Carry out one operation of PyTorch on the CPU, and note what it would mean on a GPU."""
-    tensors = [leaf for leaf in tree_iter((arguments, options)) if isinstance(leaf, Tensor)]
+    tensors = tensors_in((arguments, options))
     on_device = [isinstance(tensor, DeviceTensor) for tensor in tensors]
     name, device = operation._opname, options.get("device")
     if device is not None:
@@ -109,8 +136,9 @@ def compute(operation, arguments: tuple, options: dict) -> object:
     else:
         to_device = on_device[0] if name == "copy_" else any(on_device)
 
-    if (to_device or any(on_device)) and operation._can_decompose():
-        # In inference mode operations that consist of others come whole.
+    # In inference mode operations that consist of others come whole.
+    here = to_device or any(on_device)
+    if torch.is_inference_mode_enabled() and here and operation._can_decompose():
         if operation is aten.scaled_dot_product_attention.default:
             return attention(*arguments, **options)
         with StandIn():
@@ -137,16 +165,16 @@ def compute(operation, arguments: tuple, options: dict) -> object:
         if name in READS or by_mask:
             count_wait()
 
-    values, named = tree_map_only(DeviceTensor, lambda t: t.value, (arguments, options))
+    values, named = with_tensors((arguments, options), DeviceTensor, lambda t: t.value)
     result = operation(*values, **named)
     if not to_device:
         return result
-    is_view = not operation._schema.is_mutable and any(
-        output.alias_info for output in operation._schema.returns
-    )
-    if not is_view and name not in NO_KERNEL | READS:
+    is_view = aliases(operation) and not operation._schema.is_mutable
+    if not is_view and name not in NO_KERNEL:
         operations[name] += 1
-    result = tree_map_only(Tensor, DeviceTensor, result)
+    result = with_tensors(result, Tensor, DeviceTensor)
+    if not aliases(operation):
+        return result
     return return_and_correct_aliasing(operation, arguments, options, result)
 
 
@@ -236,10 +264,10 @@ def under_autocast(operation, half: bool):
         dtype = torch.get_autocast_dtype(NAME) if half else torch.float32
         autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
         with torch._C._ExcludeDispatchKeyGuard(autocast):
-            arguments, options = tree_map_only(
+            arguments, options = with_tensors(
+                (arguments, options),
                 Tensor,
                 lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor,
-                (arguments, options),
             )
             return operation(*arguments, **options)
 
