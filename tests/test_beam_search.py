@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from transformer_scratch import decoding
-from transformer_scratch.decoding import KeyValueCache, beam_decode, greedy_decode
+from transformer_scratch.decoding import KeyValueCache, beam_decode, decode_step, greedy_decode
 from transformer_scratch.model import Transformer
 
 A, B, C, START, END, PAD = range(6)
@@ -40,14 +40,19 @@ def padded(sources: list[Tensor]) -> Tensor:
 
 
 def log_probabilities(model: Transformer, source: Tensor, answers: Tensor) -> Tensor:
-    """Of each possible token after each beginning, teacher forced, without a cache.
+    """Of each possible token after each beginning, teacher forced.
 
-    source: (S,), answers: (N, T) -> (N, T + 1, V).
+    Its steps are those of test_decoding.py. source: (S,), answers: (N, T) -> (N, T + 1, V).
     """
-    start = torch.full((len(answers), 1), START)
+    tokens = torch.cat([torch.full((len(answers), 1), START), answers], dim=1)
     with torch.inference_mode():
-        logits = model(source.expand(len(answers), -1), torch.cat([start, answers], dim=1))
-    return logits.double().log_softmax(dim=-1)
+        memory = model.encode(source.expand(len(answers), -1))
+        caches = [KeyValueCache(block, memory, tokens.size(1)) for block in model.decoder]
+        logits = [
+            decode_step(model, tokens[:, position, None], position, caches)
+            for position in range(tokens.size(1))
+        ]
+    return torch.stack(logits, dim=1).double().log_softmax(dim=-1)
 
 
 def every_answer(max_len: int) -> Tensor:
@@ -344,8 +349,15 @@ def test_the_host_waits_for_the_device_once_per_position(rows_of_steps):
 
 def test_a_cache_that_is_not_put_in_the_new_order_is_noticed(monkeypatch):
     """Planted: rows are added and dropped, but a hypothesis keeps the cache of its place."""
-    model, sources = random_model(8), random_sources(8, count=16)
-    right = [beam_decode(model, source[None], *IDS, 7, beam=3).tolist() for source in sources]
+
+    def answers() -> list[list[int]]:
+        return [
+            beam_decode(model, source[None], *IDS, 7, beam=3).tolist()
+            for model in map(random_model, SEEDS)
+            for source in random_sources(8, count=16)
+        ]
+
+    right = answers()
     keep_rows = KeyValueCache.keep_rows
 
     def keep_order(cache, rows):
@@ -353,5 +365,4 @@ def test_a_cache_that_is_not_put_in_the_new_order_is_noticed(monkeypatch):
             keep_rows(cache, rows)
 
     monkeypatch.setattr(KeyValueCache, "keep_rows", keep_order)
-    wrong = [beam_decode(model, source[None], *IDS, 7, beam=3).tolist() for source in sources]
-    assert wrong != right
+    assert answers() != right

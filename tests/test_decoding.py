@@ -60,15 +60,18 @@ def test_the_slow_answers_are_worth_comparing(slow_answers):
 
 def test_the_cache_gives_the_same_answer_for_every_pair(model, slow_answers):
     decoded = greedy_decode(model, SOURCE, *IDS)
-    assert decoded.tolist() == [
+    expected = [
         answer + [TASK.pad_id] * (TASK.max_target_len - len(answer)) for answer in slow_answers
     ]
+    assert decoded.tolist() == expected, NOT_THE_SAME
 
 
 @pytest.mark.parametrize("batch_size", [3, 1_000])
-def test_batches_and_dropped_rows_change_no_answer(model, slow_answers, batch_size):
+def test_batches_and_dropped_rows_change_no_answer(model, batch_size):
     predictions = predict(model, TASK, PAIRS, batch_size)
-    assert [prediction.tokens for prediction in predictions] == slow_answers
+    alone = [predict(model, TASK, [pair])[0].tokens for pair in PAIRS[::7]]
+    assert len({len(answer) for answer in alone}) > 1, "some rows finish early"
+    assert [prediction.tokens for prediction in predictions[::7]] == alone
     assert [prediction.pair for prediction in predictions] == PAIRS
 
 
@@ -113,12 +116,13 @@ def test_a_decoder_block_step_by_step_equals_all_at_once():
 
 def test_a_cache_forgets_finished_rows():
     block, x, memory = make_block()
-    cache = KeyValueCache(block, memory, max_len=2)
-    block_step(block, x[:, :1], 0, cache, None)
     rows = torch.tensor([0, 2])
-    cache.keep_rows(rows)
-    step = block_step(block, x[rows, 1:2], 1, cache, None)
-    torch.testing.assert_close(step, block(x, memory)[rows, 1:2])
+    whole, kept = (KeyValueCache(block, memory, max_len=2) for _ in range(2))
+    for cache in (whole, kept):
+        block_step(block, x[:, :1], 0, cache, None)
+    kept.keep_rows(rows)
+    step = block_step(block, x[rows, 1:2], 1, kept, None)
+    torch.testing.assert_close(step, block_step(block, x[:, 1:2], 1, whole, None)[rows])
 
 
 def test_a_source_without_padding_needs_no_mask(model):

@@ -63,7 +63,7 @@ def test_the_loss_by_hand():
 
 def test_the_reported_losses_are_token_means(train):
     """The epoch's means weigh each update by its tokens; validation and test are what the weights
-    give, the test with the best ones. The rising learning rate makes the first epoch the best."""
+    give, the test with the best ones. (The learning rate rises so far that the first are.)"""
     flags = "--num-datas 100 --batch-size 16 --max-epochs 2 --lr 20 --warmup-steps 100"
     run = train(*SMALL, *flags.split())
     rows = read_metrics(run)
@@ -77,11 +77,13 @@ def test_the_reported_losses_are_token_means(train):
         mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
         assert epochs[epoch]["train/loss_epoch"] == pytest.approx(mean, rel=1e-6)
 
-    assert epochs[0]["val/loss_epoch"] < epochs[1]["val/loss_epoch"]
+    best = load_checkpoint(run / "best.pt")
+    validated = min(epochs, key=lambda row: row["val/loss_epoch"])
+    assert best["epoch"] == validated["epoch"]
     model = first_model().eval()
-    model.load_state_dict(load_checkpoint(run / "best.pt")["model"])
+    model.load_state_dict(best["model"])
     splits = split_pairs(TASK, 0.2, 7)
-    for split, pairs, row in (("val", splits.val, epochs[0]), ("test", splits.test, rows[-1])):
+    for split, pairs, row in (("val", splits.val, validated), ("test", splits.test, rows[-1])):
         whole = batch_of(PairDataset(TASK, pairs))
         with torch.no_grad():
             expected = loss_by_hand(model(whole.source, whole.decoder_input), whole.target)
@@ -203,12 +205,14 @@ def test_a_batch_is_overfitted():
     batch = batch_of(data)
     model = Transformer(TASK.vocab_size, dim=32, num_layers=1, dropout=0.0)
     optimizer = make_optimizer(model, lr=3e-3, weight_decay=0.0, fused=True)
-    for _ in range(120):
+    for _ in range(600):
         loss = train_script.token_loss(model, batch, TASK.pad_id)
+        if loss < 0.02:
+            break
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss.item() < 0.05
+    assert loss.item() < 0.02
     assert exact_match(predict(model.eval(), TASK, pairs)) == 1.0
 
 
