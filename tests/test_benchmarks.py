@@ -161,7 +161,7 @@ def test_every_way_trains_all_weights_of_its_model():
         unmoved = [
             key for key, weight in step.model.named_parameters() if torch.equal(weight, before[key])
         ]
-        assert not unmoved, (name, unmoved)
+        assert not unmoved, f"{name} leaves weights of the model untrained: {unmoved}"
 
 
 def test_every_way_trains_on_the_same_samples():
