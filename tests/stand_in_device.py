@@ -38,6 +38,7 @@ aten = torch.ops.aten
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
 # Memory that no kernel fills, or another view of it.
 NO_KERNEL = {
+    "_local_scalar_dense",
     "_unsafe_view",
     "empty",
     "empty_like",
