@@ -1,9 +1,12 @@
 """Exercise 1: equation (1) of the paper, Attention(Q, K, V) = softmax(QK^T / sqrt(d_k)) V.
 
-Shapes: B batch, H heads, T query positions, S key positions, K head dim.
+d_k is the head dim. Shapes: B batch, H heads, T query positions, S key positions, K head dim.
 Check it with: python -m pytest exercises/check_attention.py
 """
 
+import math  # noqa: F401 - for you
+
+import torch  # noqa: F401 - for you
 from torch import Tensor
 
 
@@ -12,9 +15,10 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) ->
 
     query: (B, H, T, K), key: (B, H, S, K) -> (B, H, T, S).
     mask: bool, broadcastable to (B, H, T, S), True where a query may attend to a key. Where it is
-    False the weight must be 0.
+    False the weight must be 0, and the weights of a query must still sum to 1: Tensor.masked_fill
+    sets the scores there to -math.inf. Without a mask a query may attend to all keys.
     """
-    raise NotImplementedError("attention_weights is yours to write: three lines, by equation (1)")
+    raise NotImplementedError("attention_weights is yours to write: a few lines, by equation (1)")
 
 
 def scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Is exercises/attention.py right?"""
+"""Is exercises/attention.py right? (PYTEST_DONT_REWRITE: a message is all that pytest shows.)"""
 
 import torch
 from torch.nn import functional as F
@@ -7,6 +7,13 @@ from exercises.attention import attention_weights, scaled_dot_product_attention
 
 torch.manual_seed(0)
 QUERY, KEY, VALUE = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+SCORES = QUERY @ KEY.transpose(-2, -1)
+# The second sample has two keys of padding.
+MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])[:, None, None, :]
+
+
+def all_one(sums: torch.Tensor) -> bool:
+    return torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
 
 
 def test_shape():
@@ -17,40 +24,56 @@ def test_shape():
 
 
 def test_each_row_sums_to_one():
-    sums = attention_weights(QUERY, KEY).sum(dim=-1)
-    assert torch.allclose(sums, torch.ones_like(sums)), (
-        "softmax must run over the keys, the last axis"
+    weights = attention_weights(QUERY, KEY)
+    sums = weights.sum(dim=-1)
+    for axis in range(3):
+        assert all_one(sums) or not all_one(weights.sum(dim=axis)), (
+            f"softmax runs over axis {axis}; it must run over the keys, the last axis"
+        )
+    assert all_one(sums) or not all_one(sums / sums.mean()), (
+        f"the weights of a query sum to {sums.mean():.3f}, not 1: "
+        "divide the scores by sqrt(d_k), before the softmax, not the weights after it"
     )
+    assert all_one(sums), "the weights of a query must sum to 1: softmax over the keys"
 
 
 def test_scaled_by_the_root_of_the_head_dim():
-    unscaled = (QUERY @ KEY.transpose(-2, -1)).softmax(dim=-1)
     weights = attention_weights(QUERY, KEY)
-    assert not torch.allclose(weights, unscaled), (
+    assert not torch.allclose(weights, SCORES.softmax(dim=-1), atol=1e-6), (
         "the scores are not divided by sqrt(d_k), where d_k is the head dim, 8"
     )
-    expected = (QUERY @ KEY.transpose(-2, -1) / 8**0.5).softmax(dim=-1)
-    assert torch.allclose(weights, expected, atol=1e-6), (
-        "divide the scores by sqrt(d_k) before the softmax, d_k = 8"
+    assert not torch.allclose(weights, (SCORES / 8).softmax(dim=-1), atol=1e-6), (
+        "divide the scores by the square root of d_k, not by d_k"
+    )
+    assert torch.allclose(weights, (SCORES / 8**0.5).softmax(dim=-1), atol=1e-6), (
+        "the weights are not softmax(QK^T / sqrt(d_k)): d_k is the head dim, 8"
     )
 
 
 def test_masked_keys_get_nothing():
-    mask = torch.ones(5, dtype=torch.bool)
-    mask[3:] = False
-    weights = attention_weights(QUERY, KEY, mask)
-    assert weights[..., 3:].abs().max() == 0, (
-        "keys where the mask is False must get weight 0; True means: may attend"
+    weights = attention_weights(QUERY, KEY, MASK)
+    allowed, hidden = weights[1, ..., :3], weights[1, ..., 3:]
+    assert allowed.any(), (
+        "the mask works the wrong way round: True means that the query may attend to the key"
     )
-    sums = weights.sum(dim=-1)
-    assert torch.allclose(sums, torch.ones_like(sums)), (
-        "mask the scores before the softmax, not the weights after it"
+    assert not hidden.any(), (
+        "keys where the mask is False must get weight 0: set their scores to -math.inf"
+    )
+    assert all_one(weights.sum(dim=-1)), (
+        "the weights no longer sum to 1: mask the scores before the softmax, not the weights after"
     )
 
 
-def test_the_average_is_that_of_pytorch():
-    expected = F.scaled_dot_product_attention(QUERY, KEY, VALUE)
+def test_the_values_are_averaged():
     result = scaled_dot_product_attention(QUERY, KEY, VALUE)
+    assert torch.allclose(result, F.scaled_dot_product_attention(QUERY, KEY, VALUE), atol=1e-6), (
+        "multiply the weights (B, H, T, S) by the values (B, H, S, K), as matrices"
+    )
+
+
+def test_the_values_are_averaged_with_the_mask():
+    result = scaled_dot_product_attention(QUERY, KEY, VALUE, MASK)
+    expected = F.scaled_dot_product_attention(QUERY, KEY, VALUE, attn_mask=MASK)
     assert torch.allclose(result, expected, atol=1e-6), (
-        "multiply the weights (B, H, T, S) by the values (B, H, S, K)"
+        "scaled_dot_product_attention must pass its mask on to attention_weights"
     )

@@ -1,4 +1,4 @@
-"""Is exercises/positions.py right?"""
+"""Is exercises/positions.py right? (PYTEST_DONT_REWRITE: a message is all that pytest shows.)"""
 
 import math
 
@@ -14,10 +14,10 @@ def test_shape():
 
 def test_first_row_is_sin_and_cos_of_zero():
     row = positional_encoding(6, 8)[0].tolist()
-    assert row == [0, 1] * 4, (
-        "position 0 is sin(0), cos(0), sin(0), cos(0), ...: sines and cosines alternate; "
-        f"yours: {row}"
+    assert sorted(row) == [0] * 4 + [1] * 4, (
+        f"position 0, the first, is sin(0), cos(0), sin(0), cos(0), ...; yours: {row}"
     )
+    assert row == [0, 1] * 4, f"sines and cosines alternate: 0, 1, 0, 1, ...; yours: {row}"
 
 
 def test_values():
@@ -28,16 +28,25 @@ def test_values():
             value, expected = encoding[position, column].item(), function(angle)
             assert math.isclose(value, expected, abs_tol=1e-5), (
                 f"PE({position}, {column}) = {function.__name__}({position} / 10000^({2 * i}/8)) "
-                f"= {expected:.5f}, yours: {value:.5f}"
+                f"= {expected!r}, yours: {value!r}"
             )
 
 
 def test_positions_run_along_time():
-    added = add_positions(torch.zeros(3, 5, 8))
+    # As many samples as positions, so that an encoding of the wrong axis can be added, too.
+    added = add_positions(torch.zeros(5, 5, 8))
+    assert added.shape == (5, 5, 8), f"(B, T, D) is (5, 5, 8) here, yours: {tuple(added.shape)}"
     assert added[0].equal(added[2]), (
         "two samples of a batch get different encodings: you added along the batch axis"
     )
     assert not added[0, 1].equal(added[0, 2]), "two positions of a sequence get the same encoding"
     assert torch.allclose(added[1], positional_encoding(5, 8)), (
         "the rows of the encoding must be added in order of position"
+    )
+
+
+def test_they_are_added():
+    x = torch.randn(3, 5, 8)
+    assert torch.allclose(add_positions(x.clone()), x + positional_encoding(5, 8)), (
+        "the encoding must be added to x, whatever is in it"
     )

@@ -31,8 +31,9 @@ def train_epoch(
 ) -> list[float]:
     """Train on each batch once. -> the loss of each batch, as token_loss gives it.
 
-    For each batch there is one update and one step of the schedule. Dropout must be on, the norm of
-    the gradient is clipped to clip_norm, and no gradient is left for the next batch.
+    A validation has left the model in eval mode; dropout must be on. Each batch makes one update,
+    by its own gradient alone, whose norm is clipped to clip_norm (nn.utils.clip_grad_norm_). Then
+    the schedule moves by one.
     """
     raise NotImplementedError(
         "train_epoch is yours to write: mode, loss, backward, clip, step, schedule, zero_grad"

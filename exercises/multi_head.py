@@ -5,8 +5,10 @@ K head dim (D / H).
 Check it with: python -m pytest exercises/check_multi_head.py
 """
 
+import torch  # noqa: F401 - for you
 from torch import Tensor, nn
 
+# (query, key, value, mask): (B, H, T, K), (B, H, S, K), (B, H, S, K) -> (B, H, T, K)
 from transformer_scratch.attention import scaled_dot_product_attention  # noqa: F401 - for you
 
 
@@ -27,10 +29,10 @@ class MultiHeadAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (B, T, D) asks, memory: (B, S, D) answers -> (B, T, D).
+        """Let x: (B, T, D) attend to memory: (B, S, D), which gives keys and values. -> (B, T, D).
 
-        Project, split the heads, let each attend, put the heads side by side again, and project
-        with W^O.
+        Project, split the heads, let each attend (mask: broadcastable to (B, H, T, S)), put the
+        heads side by side again, and project with W^O.
         """
         raise NotImplementedError(
             "forward is yours to write, with split_heads and scaled_dot_product_attention"

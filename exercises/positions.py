@@ -2,10 +2,13 @@
 
 PE(pos, 2i) = sin(pos / 10000^(2i/dim)), PE(pos, 2i+1) = cos(pos / 10000^(2i/dim))
 
-Shapes: B batch, T positions, D model width (dim).
+Positions count from 0. Shapes: B batch, T positions, D model width (dim).
 Check it with: python -m pytest exercises/check_positions.py
 """
 
+import math  # noqa: F401 - for you
+
+import torch  # noqa: F401 - for you
 from torch import Tensor
 
 
