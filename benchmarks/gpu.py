@@ -32,14 +32,13 @@ from benchmarks.lib.measure import (
     save_json,
 )
 from benchmarks.lib.programs import (
-    read_after_updates,
     run_lightning,
     run_to_the_end,
     run_train,
     update_seconds,
 )
 from benchmarks.lib.training_steps import TrainingStep, TrainingSteps
-from benchmarks.lib.waits import Waits
+from benchmarks.lib.waits import Waits, waits_of_training
 from transformer_scratch.batches import UPDATES_PER_WINDOW
 from transformer_scratch.decoding import greedy_decode
 from transformer_scratch.errors import BadInput, exits_cleanly
@@ -348,22 +347,15 @@ def waits_rows(page: Page, accelerator: str) -> list[dict]:
     """How often a step of train.py waits: where it reads no loss, and where it does."""
     rows = []
     for amp in precisions(page):
-        waits = Waits()
-
-        def counted(flags: list[str], waits: Waits = waits) -> None:
-            with waits.counting():
-                run_train(flags)
-
         flags = [*TINY.flags(), "--accelerator", accelerator, "--amp", amp, "--log-every"]
-        silent = read_after_updates(counted, [*flags, "1000"], 10, lambda waits=waits: waits.count)
-        every_line = dict(waits.by_line)
-        logging = read_after_updates(counted, [*flags, "1"], 10, lambda waits=waits: waits.count)
+        silent, waits = waits_of_training([*flags, "1000"], updates=10)
+        logging, _ = waits_of_training([*flags, "1"], updates=10)
         rows.append(
             {
                 "--amp": amp,
-                "waits a step": waits_text(page, (silent[-1] - silent[0]) / 10),
-                "a step that reads its loss": waits_text(page, (logging[-1] - logging[0]) / 10),
-                "lines that waited in a run of 11 steps": "; ".join(every_line) or "-",
+                "waits a step": waits_text(page, silent),
+                "a step that reads its loss": waits_text(page, logging),
+                "lines that waited, from the start on": "; ".join(waits.by_line) or "-",
             }
         )
     return rows

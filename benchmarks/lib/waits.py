@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.lib.programs import read_after_updates, run_train
+
 
 class Waits:
     """Counts while counting() is active, and by line of code. Without a GPU there are none."""
@@ -38,3 +40,18 @@ class Waits:
             self.count += 1
             line = linecache.getline(file, number).partition("  #")[0].strip()
             self.by_line[f"{Path(file).name}: {line}"] += 1
+
+
+def waits_of_training(flags: list[str], updates: int) -> tuple[float, Waits]:
+    """Train with train.py. -> the waits of an update on average, and all that was counted.
+
+    The update that warms up is counted, but is not in the average.
+    """
+    waits = Waits()
+
+    def counted(flags: list[str]) -> None:
+        with waits.counting():
+            run_train(flags)
+
+    counts = read_after_updates(counted, flags, updates, lambda: waits.count)
+    return (counts[-1] - counts[0]) / updates, waits

@@ -4,6 +4,7 @@ import shlex
 import shutil
 
 import pytest
+import torch
 from metrics import step_losses
 
 FLAGS = shlex.split(
@@ -15,6 +16,7 @@ FLAGS = shlex.split(
 @pytest.mark.parametrize("amp", ["off", "fp16", "bf16"])
 def test_near_the_run_that_is_not_compiled(amp, accelerator, train, capsys):
     """The compiled blocks keep numbers in float32 that otherwise are rounded to half precision."""
+    torch.compiler.reset()  # so many compilations are allowed in one process
     flags = [*FLAGS, "--accelerator", accelerator, "--amp", amp]
     plain = step_losses(train(*flags))
     capsys.readouterr()

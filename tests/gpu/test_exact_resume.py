@@ -14,13 +14,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from trainings import fingerprint
 
 FLAGS = shlex.split(
-    "--dim 32 --num-heads 2 --num-layers 2 --dropout 0.2 --num-datas 1280 --batch-size 128 "
+    "--dim 32 --num-heads 2 --num-layers 2 --dropout 0.2 --num-datas 640 --batch-size 128 "
     "--max-epochs 2"
 )
 
 
 @pytest.fixture
-def stop_at(monkeypatch):
+def stop_at():
     """Send this process a signal after so many updates."""
     hooks = []
 
