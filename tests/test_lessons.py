@@ -4,8 +4,11 @@ import itertools
 import os
 import re
 import resource
+import runpy
 import subprocess
 import sys
+import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -18,13 +21,17 @@ from docs.lessons import (
     mistakes,
     mixed_precision,
     one_step,
+    unseen_pairs,
 )
 from docs.lessons.small_training import exact, one_batch, small_model, token_loss, train_small
 from transformer_scratch.batches import PairDataset
 from transformer_scratch.digits import Digits, split_pairs
+from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import read_metrics
 
-PAGES = sorted((PROJECT / "docs" / "lessons").glob("[1-9]-*.md"))
+LESSONS = PROJECT / "docs" / "lessons"
+PAGES = sorted(LESSONS.glob("[1-9]-*.md"))
+PROGRAMS = [file.stem for file in LESSONS.glob("*.py") if "__main__" in file.read_text("utf-8")]
 
 
 def blocks(page, language: str) -> list[str]:
@@ -39,10 +46,25 @@ def without_numbers(text: str) -> list[str]:
 
 
 def test_the_index_names_every_page():
-    index = (PROJECT / "docs" / "lessons" / "README.md").read_text(encoding="utf-8")
+    index = (LESSONS / "README.md").read_text(encoding="utf-8")
     assert PAGES
     for page in PAGES:
         assert f"]({page.name})" in index
+
+
+def test_the_index_names_programs_that_are_there():
+    index = (LESSONS / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"python -m docs\.lessons\.(\w+)", index)) == set(PROGRAMS)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_wrong_argument_ends_the_program_with_exit_code_2(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "bogus"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"docs.lessons.{name}", run_name="__main__")
+    output = capsys.readouterr()
+    assert ended.value.code == 2 and "bogus" in output.err and not output.out
 
 
 @pytest.mark.slow
@@ -183,7 +205,7 @@ def test_padding_changes_the_answer_without_a_mask(batch):
 
 
 def test_accumulation_counted_by_batches_is_another_gradient(capsys):
-    mistakes.accumulation()
+    mistakes.accumulation(mistakes.Arguments())
     right, faulty = map(float, capsys.readouterr().out.splitlines()[-1].split()[-2:])
     assert right < 1e-5 and faulty > 1e-2
 
@@ -191,7 +213,7 @@ def test_accumulation_counted_by_batches_is_another_gradient(capsys):
 @pytest.mark.slow
 def test_the_mistakes_cost_what_the_page_says(capsys):
     def shares(lesson) -> list[tuple[float, float]]:
-        lesson()
+        lesson(mistakes.Arguments())
         percents = [re.findall(r"([\d.]+)%", line) for line in capsys.readouterr().out.splitlines()]
         return [tuple(map(float, found)) for found in percents if found]
 
@@ -219,6 +241,41 @@ def test_the_small_training_learns():
     assert not model.training and 0 <= exact(model, task, splits.val) <= 1
 
 
+def test_asking_does_not_change_the_training(monkeypatch):
+    monkeypatch.setattr(unseen_pairs, "small_model", partial(small_model, dim=16, num_layers=1))
+    often, once = (
+        unseen_pairs.train_and_ask(Transformer, steps, 0.2, seed=1)
+        for steps in ((5, 10, 20), (20,))
+    )
+    assert len(often) == 3 and often[-1:] == once
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--seeds"], "--seeds"),
+        (["--holdout", "0"], "no unseen pair"),
+        (["--holdout", "0.9"], "0.68 or less"),
+    ],
+)
+def test_unseen_pairs_refuses_what_it_cannot_measure(flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        unseen_pairs.main(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_first_the_pairs_then_the_rule_and_better_first_weights_sooner():
+    (trained, unseen), later = unseen_pairs.train_and_ask(
+        unseen_pairs.PyTorchStart, (900, 1800), 0.2, seed=1
+    )
+    assert trained >= 0.9 and unseen <= trained - 0.2, "at 900 steps it has learned by heart"
+    assert later[1] >= unseen + 0.2, "at 1,800 it has found the rule"
+    [(trained, unseen)] = unseen_pairs.train_and_ask(Transformer, (300,), 0.2, seed=1)
+    assert trained >= 0.95 and unseen >= 0.8
+
+
 def test_the_scaler_halves_skips_and_grows():
     history = mixed_precision.train_through_an_overflow()
     assert history[0] == (2.0**20, False), "the first step overflows"
@@ -227,6 +284,17 @@ def test_the_scaler_halves_skips_and_grows():
     assert any(moved for _, moved in history), "some step must succeed"
     scales = [scale for scale, _ in history]
     assert any(b > a for a, b in itertools.pairwise(scales)), "the scale must grow again"
+
+
+def test_from_the_scale_that_pytorch_starts_with_no_step_is_skipped():
+    assert all(moved for _, moved in mixed_precision.train_through_an_overflow(start=16))
+
+
+def test_a_skipped_update_of_train_py_leaves_the_learning_rate():
+    rows = mixed_precision.watch_train_py(start=20)
+    assert rows[0].get("skipped") and not rows[-1].get("skipped")
+    for row, after in itertools.pairwise(rows):
+        assert (after["lr"] == row["lr"]) == bool(row.get("skipped"))
 
 
 @pytest.mark.slow
@@ -244,9 +312,9 @@ def test_two_processes_take_the_steps_of_one():
 
 def test_the_page_shows_the_lines_that_write_the_file():
     [page] = [page for page in PAGES if "your-own" in page.name]
-    code = (PROJECT / "docs" / "lessons" / "sorted_letters.py").read_text(encoding="utf-8")
+    code = (LESSONS / "sorted_letters.py").read_text(encoding="utf-8")
     [shown] = blocks(page, "python")
-    assert len(shown.splitlines()) == 3 and code.endswith(shown)
+    assert len(shown.splitlines()) == 3 and textwrap.indent(shown, "    ") in code
 
 
 def test_the_program_knows_nothing_of_the_lessons():

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import tyro
 
 import train
 from transformer_scratch.checkpoint import load_checkpoint, save_checkpoint
@@ -86,9 +87,10 @@ def main() -> dict[str | None, float]:
             pairs = zip(unbroken, resumed, strict=False)
             differences[part] = max(abs(a - b) for a, b in pairs)
             meaning = PARTS.get(part, "the state as it was saved")
-            print(f"{part or 'nothing':<12}{differences[part]:<20.6f}{meaning}", flush=True)
+            difference = f"{differences[part]:.6f}" if differences[part] else "0"
+            print(f"{part or 'nothing':<12}{difference:<20}{meaning}", flush=True)
         return differences
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

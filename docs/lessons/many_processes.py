@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import tyro
 
 from transformer_scratch.batches import BatchSampler
 from transformer_scratch.digits import Digits, make_datasets, split_pairs
@@ -73,4 +74,4 @@ def main() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -3,13 +3,15 @@
 python -m docs.lessons.mistakes                 all six
 python -m docs.lessons.mistakes positions       one of: positions, softmax, padding, eval, leak,
                                                 accumulation
+python -m docs.lessons.mistakes --seed 2        another split, other first weights
 """
 
 import math
-import sys
+from dataclasses import dataclass
 from functools import cache
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,19 +19,35 @@ from docs.lessons.small_training import exact, one_batch, small_model, token_los
 from docs.lessons.unseen_pairs import PyTorchStart
 from transformer_scratch.batches import Batch, BatchIndices, PairDataset
 from transformer_scratch.digits import Digits, split_pairs
+from transformer_scratch.errors import BadInput, exits_cleanly
 from transformer_scratch.model import Transformer
+from transformer_scratch.task import Splits
 
 TASK = Digits()
-SPLITS = split_pairs(TASK, holdout=0.2, seed=1)
-UNSEEN = [*SPLITS.val, *SPLITS.test]
-STEPS = 300
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Make mistakes on purpose, and measure each beside the right way."""
+
+    mistakes: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Which ones: positions, softmax, padding, eval, leak, accumulation. None given: all six."""
+    seed: int = 1
+    """Another seed gives another split and other first weights."""
+    steps: int = 300
+    """Updates of 64 pairs; for the leak three times as many."""
+
+    @property
+    def splits(self) -> Splits:
+        return split_pairs(TASK, holdout=0.2, seed=self.seed)
 
 
 @cache
-def right_model() -> tuple[Transformer, float]:
+def right_model(options: Arguments) -> tuple[Transformer, float]:
     """The model without a mistake, trained once for all comparisons. -> it, its training loss."""
-    model = small_model(TASK)
-    return model, train_small(model, TASK, SPLITS.train, STEPS)
+    model = small_model(TASK, options.seed)
+    pairs = options.splits.train
+    return model, train_small(model, TASK, pairs, options.steps, seed=options.seed)
 
 
 class PositionsAlongBatch(Transformer):
@@ -40,19 +58,20 @@ class PositionsAlongBatch(Transformer):
         return self.dropout(embedding(ids) * math.sqrt(self.dim) + rows)
 
 
-def positions() -> None:
-    faulty = small_model(TASK, kind=PositionsAlongBatch)
-    loss = train_small(faulty, TASK, SPLITS.train, STEPS)
-    right, right_loss = right_model()
+def positions(options: Arguments) -> None:
+    faulty = small_model(TASK, options.seed, PositionsAlongBatch)
+    pairs = options.splits.train
+    loss = train_small(faulty, TASK, pairs, options.steps, seed=options.seed)
+    right, right_loss = right_model(options)
     question, swapped = torch.tensor([[11, 8, 4, 12]]), torch.tensor([[11, 4, 8, 12]])
     start = torch.tensor([[11]])
     models = (right, faulty)
     with torch.inference_mode():
         changes = [(model(question, start) - model(swapped, start)).abs().max() for model in models]
     show("positions along the batch", "right", "faulty")
-    show(f"training loss after {STEPS} steps", f"{right_loss:.3f}", f"{loss:.3f}")
+    show(f"training loss after {options.steps} steps", f"{right_loss:.3f}", f"{loss:.3f}")
     show("logits move when 8 4 becomes 4 8, by", f"{changes[0]:.2g}", f"{changes[1]:.2g}")
-    show_trained_pairs(right, faulty)
+    show_exact("trained pairs exact", pairs, right, faulty)
 
 
 def softmax_along_time(model: Transformer, batch: Batch) -> Tensor:
@@ -64,19 +83,20 @@ def softmax_along_time(model: Transformer, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, F.one_hot(batch.target, logits.size(-1)).float())
 
 
-def softmax() -> None:
-    faulty = small_model(TASK)
-    train_small(faulty, TASK, SPLITS.train, STEPS, loss_of=softmax_along_time)
-    right, _ = right_model()
-    batch = one_batch(PairDataset(TASK, SPLITS.train))
-    untrained = small_model(TASK).eval()
+def softmax(options: Arguments) -> None:
+    faulty = small_model(TASK, options.seed)
+    pairs = options.splits.train
+    train_small(faulty, TASK, pairs, options.steps, loss_of=softmax_along_time, seed=options.seed)
+    right, _ = right_model(options)
+    batch = one_batch(PairDataset(TASK, pairs))
+    untrained = small_model(TASK, options.seed).eval()
     show("softmax along time", "right", "faulty")
     losses = []
     with torch.inference_mode():
         for loss_of, trained in ((token_loss, right), (softmax_along_time, faulty)):
             losses.append(f"{loss_of(untrained, batch):.2f} -> {loss_of(trained, batch):.2f}")
     show("its own loss, before -> after training", *losses)
-    show_trained_pairs(right, faulty)
+    show_exact("trained pairs exact", pairs, right, faulty)
 
 
 class NoPaddingMask(Transformer):
@@ -88,12 +108,12 @@ class NoPaddingMask(Transformer):
         return super().forward(source, decoder_input, source_is_padded=False)
 
 
-def padding() -> None:
-    right, _ = right_model()
+def padding(options: Arguments) -> None:
+    right, _ = right_model(options)
     faulty = small_model(TASK, kind=NoPaddingMask).eval()
     # Trained on questions without padding, where both are the same model.
     faulty.load_state_dict(right.state_dict())
-    batch = one_batch(PairDataset(TASK, SPLITS.train))
+    batch = one_batch(PairDataset(TASK, options.splits.train))
     is_token = batch.target != TASK.pad_id  # (B, T)
     show("forgotten padding mask", "right", "faulty")
     for pads in (0, 4, 12):
@@ -102,36 +122,38 @@ def padding() -> None:
         for model in (right, faulty):
             with torch.inference_mode():
                 guesses = model(source, batch.decoder_input).argmax(dim=-1)  # (B, T)
-            shares.append(f"{(guesses == batch.target)[is_token].float().mean():.0%}")
+            shares.append(f"{(guesses == batch.target)[is_token].float().mean():.1%}")
         show(f"tokens right, {pads} pads after the question", *shares)
 
 
-def evaluation() -> None:
-    right, _ = right_model()
+def evaluation(options: Arguments) -> None:
+    right, _ = right_model(options)
+    pairs = options.splits.train
     show("forgotten eval()", "right", "faulty")
     for attempt in range(1, 4):
-        without_dropout = exact(right, TASK, SPLITS.train)
+        without_dropout = exact(right, TASK, pairs)
         right.train()  # the mode that is left on when nobody calls eval(): dropout works
-        with_dropout = exact(right, TASK, SPLITS.train)
+        with_dropout = exact(right, TASK, pairs)
         right.eval()
         shares = f"{without_dropout:.1%}", f"{with_dropout:.1%}"
         show(f"trained pairs exact, attempt {attempt}", *shares)
 
 
-def leak() -> None:
-    model = small_model(TASK, kind=PyTorchStart)  # it learns by heart, see lesson 3
-    train_small(model, TASK, SPLITS.train, STEPS)
+def leak(options: Arguments) -> None:
+    model = small_model(TASK, options.seed, PyTorchStart)  # first it learns by heart: lesson 3
+    splits = options.splits
+    train_small(model, TASK, splits.train, 3 * options.steps, seed=options.seed)
     torch.manual_seed(0)
-    leaky = [SPLITS.train[index] for index in torch.randint(len(SPLITS.train), (20,))]
+    leaky = [splits.train[index] for index in torch.randperm(len(splits.train))[:20]]
     show("leaking splits", "right", "faulty")
     show("validation pairs come from", "never trained", "the trained ones")
-    shares = f"{exact(model, TASK, UNSEEN):.0%}", f"{exact(model, TASK, leaky):.0%}"
+    shares = [f"{exact(model, TASK, pairs):.0%}" for pairs in (splits.val + splits.test, leaky)]
     show("validation exact match", *shares)
 
 
-def accumulation() -> None:
-    model = small_model(TASK, dropout=0.0)
-    data = PairDataset(TASK, SPLITS.train)
+def accumulation(options: Arguments) -> None:
+    model = small_model(TASK, options.seed, dropout=0.0)
+    data = PairDataset(TASK, options.splits.train)
     by_length = data.target_lengths.argsort(stable=True)  # as in a corpus sorted by length
     total = int(data.target_lengths.sum())
     whole, *halves = (
@@ -152,16 +174,15 @@ def accumulation() -> None:
     show("gradient differs from the whole batch's by", *(f"{error:.1e}" for error in errors))
 
 
-def show_trained_pairs(*models: Transformer) -> None:
-    shares = [f"{exact(model, TASK, SPLITS.train):.0%}" for model in models]
-    show("trained pairs exact", *shares)
+def show_exact(what: str, pairs: list, *models: Transformer) -> None:
+    show(what, *(f"{exact(model, TASK, pairs):.0%}" for model in models))
 
 
 def show(what: str, right: str, faulty: str) -> None:
-    print(f"{what:<44}{right:<18}{faulty}")
+    print(f"{what:<44}{right:<18}{faulty}", flush=True)
 
 
-LESSONS = {
+MISTAKES = {
     "positions": positions,
     "softmax": softmax,
     "padding": padding,
@@ -170,7 +191,19 @@ LESSONS = {
     "accumulation": accumulation,
 }
 
-if __name__ == "__main__":
-    for name in sys.argv[1:] or LESSONS:
-        LESSONS[name]()
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    options = tyro.cli(Arguments, args=arguments)
+    for name in options.mistakes:
+        if name not in MISTAKES:
+            raise BadInput(f"no mistake {name!r}; there are {', '.join(MISTAKES)}")
+    if options.steps < 1:
+        raise BadInput("--steps must be at least 1")
+    for name in options.mistakes or MISTAKES:
+        MISTAKES[name](options)
         print()
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import make_optimizer, make_schedule
 from transformer_scratch.task import Pair
 
-BATCH_SIZE = 128
+BATCH_SIZE = 64
 
 
 def token_loss(model: Transformer, batch: Batch) -> Tensor:
@@ -44,16 +44,20 @@ def train_small(
     steps: int,
     loss_of: Callable[[Transformer, Batch], Tensor] = token_loss,
     seed: int = 1,
+    after_step: Callable[[int], object] = lambda step: None,
 ) -> float:
-    """Train in place, on random batches of the pairs. -> the mean loss of the last 20 steps."""
+    """Train in place, on random batches of the pairs. -> the mean loss of the last 20 steps.
+
+    after_step: called with the model in eval mode and the number of steps done.
+    """
     choose_threads(model.dim, BATCH_SIZE)
     torch.manual_seed(seed)
     data = PairDataset(task, pairs, torch.randint(len(pairs), (steps * BATCH_SIZE,)))
     optimizer = make_optimizer(model, lr=1.5e-3, weight_decay=0.1)
     schedule = make_schedule(optimizer, warmup_steps=100)
     losses = []
-    model.train()
-    for indices in BatchSampler(data, BATCH_SIZE):
+    for step, indices in enumerate(BatchSampler(data, BATCH_SIZE), start=1):
+        model.train()
         loss = loss_of(model, data[indices])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -61,7 +65,8 @@ def train_small(
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-    model.eval()
+        model.eval()
+        after_step(step)
     return torch.stack(losses[-20:]).mean().item()
 
 

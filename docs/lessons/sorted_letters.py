@@ -2,7 +2,16 @@
 
 import random
 
-draw = random.Random(1)
-words = {"".join(draw.choices("abcdefghij", k=draw.randint(3, 7))) for _ in range(4_000)}
-with open("sorted.tsv", "w", encoding="utf-8") as file:
-    file.writelines(f"{word}\t{''.join(sorted(word))}\n" for word in sorted(words))
+import tyro
+
+
+def main() -> None:
+    """Write sorted.tsv into this folder."""
+    draw = random.Random(1)
+    words = {"".join(draw.choices("abcdefghij", k=draw.randint(3, 7))) for _ in range(4_000)}
+    with open("sorted.tsv", "w", encoding="utf-8") as file:
+        file.writelines(f"{word}\t{''.join(sorted(word))}\n" for word in sorted(words))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
