@@ -52,7 +52,10 @@ def train_small(
     """
     choose_threads(model.dim, BATCH_SIZE)
     torch.manual_seed(seed)
-    data = PairDataset(task, pairs, torch.randint(len(pairs), (steps * BATCH_SIZE,)))
+    # From a generator of their own, so that a longer training starts as a shorter one does.
+    samples = torch.Generator().manual_seed(seed)
+    order = torch.randint(len(pairs), (steps * BATCH_SIZE,), generator=samples)
+    data = PairDataset(task, pairs, order)
     optimizer = make_optimizer(model, lr=1.5e-3, weight_decay=0.1)
     schedule = make_schedule(optimizer, warmup_steps=100)
     losses = []
