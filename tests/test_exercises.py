@@ -3,8 +3,8 @@
 The student's own files in exercises/ are not tested, except those that are still as handed out.
 """
 
-import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -399,20 +399,16 @@ def test_a_mistake_is_named(name, tmp_path):
         assert message in only_message(output), f"{line!r} -> {mistake!r}:\n{output}"
 
 
-def functions(text: str) -> list[ast.FunctionDef]:
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    return [node for node in nodes if node.name != "__init__"]
+GAP = r"(\w+) is yours to write"
 
 
 def as_handed_out() -> dict[str, str]:
     """The files in exercises/ in which a student has not written yet: exercise -> text."""
-    texts = {name: (PROJECT / f"exercises/{name}.py").read_text("utf-8") for name in SOLUTIONS}
+    texts = {}
     for name, solution in SOLUTIONS.items():
-        gaps = {
-            node.name for node in functions(texts[name]) if isinstance(node.body[-1], ast.Raise)
-        }
-        if gaps != {node.name for node in functions(solution)}:
-            del texts[name]
+        text = (PROJECT / f"exercises/{name}.py").read_text(encoding="utf-8")
+        if re.findall(GAP, text) == re.findall(r"def ([a-z]\w+)", solution):
+            texts[name] = text
     return texts
 
 
@@ -420,7 +416,7 @@ def as_handed_out() -> dict[str, str]:
 def test_handed_out_they_say_what_to_do(tmp_path):
     for name, text in as_handed_out().items():
         output = check(tmp_path / name, name, [text])[0]
-        first = functions(text)[0].name
+        first = re.search(GAP, text)[1]
         assert f"NotImplementedError: {first} is yours to write" in only_message(output)
 
 
@@ -452,4 +448,4 @@ def test_a_normal_test_run_leaves_them_out():
     """Plain pytest collects tests/ alone, and test_*.py for want of another setting."""
     settings = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'testpaths = ["tests"]' in settings and "python_files" not in settings
-    assert not list((PROJECT / "exercises").glob("*test*.py"))
+    assert not list((PROJECT / "exercises").glob("test_*.py"))
