@@ -12,7 +12,10 @@ from transformer_scratch.model import Transformer
 A, B, C, START, END, PAD = range(6)
 VOCAB = 6
 IDS = (START, END)
-SEEDS = [7, 8, 15]  # of models whose answers differ in content and in length
+# Of models whose answers differ in content and in length, also where the norm comes before the
+# sub-layer (docs/changing.md). The first finds others with a beam.
+SEEDS = [106, 160, 45]
+SEED = SEEDS[0]
 
 
 def random_model(seed: int) -> Transformer:
@@ -108,6 +111,9 @@ def table_model(rows: dict[int, dict[int, float]]) -> Transformer:
     for token, row in rows.items():
         for following, logit in row.items():
             logits[token, following] = logit
+    for name, module in list(model.named_children()):
+        if isinstance(module, torch.nn.LayerNorm):  # a reader's own, after the last block
+            setattr(model, name, torch.nn.Identity())
     with torch.no_grad():
         model.positions.zero_()
         model.target_embedding.weight.copy_(torch.eye(VOCAB) / VOCAB**0.5)
@@ -212,7 +218,7 @@ def test_a_narrow_beam_follows_the_same_hypotheses_as_the_plain_search(seed, bea
 
 def test_the_beams_are_worth_comparing():
     """They find other answers than greedy decoding, and the length penalty chooses among them."""
-    model, source = random_model(8), padded(random_sources(8, count=40))
+    model, source = random_model(SEED), padded(random_sources(SEED, count=40))
     greedy = greedy_decode(model, source, *IDS, 7)
     short, usual, long = (beam_decode(model, source, *IDS, 7, 3, alpha) for alpha in (0.0, 0.6, 2))
     assert (usual != greedy).any(dim=1).sum() > 3
@@ -222,7 +228,7 @@ def test_the_beams_are_worth_comparing():
 @pytest.mark.parametrize("beam", [2, 5])
 def test_sources_of_many_lengths_in_one_batch(beam, rows_of_steps):
     """Each is answered as if it were alone, and costs nothing after its answer."""
-    model, sources = random_model(8), random_sources(8, count=24)
+    model, sources = random_model(SEED), random_sources(SEED, count=24)
     decoded = beam_decode(model, padded(sources), *IDS, 9, beam)
     together = list(rows_of_steps)
     alone = torch.zeros(9, dtype=torch.long)
@@ -237,7 +243,7 @@ def test_sources_of_many_lengths_in_one_batch(beam, rows_of_steps):
 
 
 def test_a_source_without_padding_needs_no_mask():
-    model, source = random_model(8), torch.randint(START, (20, 5))
+    model, source = random_model(SEED), torch.randint(START, (20, 5))
     without = beam_decode(model, source, *IDS, 7, beam=3, source_is_padded=False)
     assert torch.equal(without, beam_decode(model, source, *IDS, 7, beam=3))
 
@@ -301,11 +307,14 @@ def test_tokens_of_no_probability_are_no_hypotheses():
 
 
 def test_no_sources_have_no_answers():
-    assert beam_decode(random_model(8), padded(random_sources(8))[:0], *IDS, 7, 3).shape == (0, 7)
+    assert beam_decode(random_model(SEED), padded(random_sources(SEED))[:0], *IDS, 7, 3).shape == (
+        0,
+        7,
+    )
 
 
 def test_decoding_leaves_the_model_as_it_was():
-    model, source = random_model(8), padded(random_sources(8))
+    model, source = random_model(SEED), padded(random_sources(SEED))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert beam_decode(model, source, *IDS, 7, beam=3).is_inference()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -341,7 +350,7 @@ def test_what_waits_is_counted():
 
 
 def test_the_host_waits_for_the_device_once_per_position(rows_of_steps):
-    model, source = random_model(8), padded(random_sources(8, count=24))
+    model, source = random_model(SEED), padded(random_sources(SEED, count=24))
     with WaitsForTheDevice() as waits:
         beam_decode(model, source, *IDS, 9, beam=3)
     assert len(rows_of_steps) > 3 and waits.count == len(rows_of_steps)
@@ -354,7 +363,7 @@ def test_a_cache_that_is_not_put_in_the_new_order_is_noticed(monkeypatch):
         return [
             beam_decode(model, source[None], *IDS, 7, beam=3).tolist()
             for model in map(random_model, SEEDS)
-            for source in random_sources(8, count=16)
+            for source in random_sources(SEED, count=16)
         ]
 
     right = answers()

@@ -61,7 +61,7 @@ def test_the_losses_are_the_golden_ones(losses):
     golden = read()
     assert len(golden) == len(losses) == 20
     assert losses == pytest.approx(golden, rel=TOLERANCE), (
-        "this machine or this code computes something else"
+        "this machine or this code computes something else: the model, the data or the loop"
     )
 
 
