@@ -13,7 +13,13 @@ FLAGS = shlex.split(
 )
 
 
-@pytest.mark.parametrize("amp", ["off", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("accelerator", "amp"),
+    [
+        *(pytest.param("gpu", amp, marks=pytest.mark.gpu) for amp in ("off", "fp16", "bf16")),
+        pytest.param("cpu", "bf16", marks=pytest.mark.slow),  # compiling takes a CPU long
+    ],
+)
 def test_near_the_run_that_is_not_compiled(amp, accelerator, train, capsys):
     """The compiled blocks keep numbers in float32 that otherwise are rounded to half precision."""
     torch.compiler.reset()  # so many compilations are allowed in one process

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 def held(accelerator: str) -> dict[str, int]:
     """How many tensors there are, and how many bytes on the GPU."""
     gc.collect()
-    tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
     return {
         "tensors": tensors,
         "bytes": torch.cuda.memory_allocated() if accelerator == "gpu" else 0,
