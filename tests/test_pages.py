@@ -86,14 +86,16 @@ def test_commands_are_found_in_order():
 
 
 def test_every_exception_is_needed():
-    typed = {command for page in PAGES for command, _ in commands(page.read_text("utf-8"))}
+    typed = {command for page in PAGES for command, _ in commands(page.read_text(encoding="utf-8"))}
     for words in LEFT_OUT:
         assert any(command.startswith(words) for command in typed), words
 
 
 def test_the_index_of_the_lessons_has_their_commands():
-    typed = {command for page in LESSONS for command, _ in commands(page.read_text("utf-8"))}
-    assert {command for command, _ in commands(INDEX.read_text("utf-8"))} <= typed
+    typed = {
+        command for page in LESSONS for command, _ in commands(page.read_text(encoding="utf-8"))
+    }
+    assert {command for command, _ in commands(INDEX.read_text(encoding="utf-8"))} <= typed
 
 
 @pytest.fixture(scope="module")
