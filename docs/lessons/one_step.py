@@ -15,7 +15,7 @@ from transformer_scratch.config import load_config
 from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.hardware import AUTOCAST_TYPES, choose_device, choose_threads
 from transformer_scratch.model import Transformer
-from transformer_scratch.optimizer import make_optimizer, make_schedule
+from transformer_scratch.optimizer import can_fuse, make_optimizer, make_schedule
 from transformer_scratch.processes import ALONE
 from transformer_scratch.random_state import seed_everything
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     model = Transformer.from_config(config, task)
     model.to(device)
     parameters = list(model.parameters())
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, fused=config.amp != "fp16")
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, can_fuse(config.amp, device))
     scheduler = make_schedule(optimizer, config.warmup_steps)
     dtype = AUTOCAST_TYPES[config.amp]
     autocast = torch.amp.autocast(device.type, dtype=dtype, enabled=dtype is not None)
