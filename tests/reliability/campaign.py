@@ -30,6 +30,7 @@ from tqdm import tqdm
 from tests.reliability.trainings import fingerprint, steps_done
 from tests.wandb_server import WandbServer
 from transformer_scratch.checkpoint import CheckpointError, checksum, load_checkpoint
+from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.run_folder import read_metrics
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -178,6 +179,7 @@ def damage_many(flips: int, cuts: int, generator: random.Random) -> bool:
     return "LOADED WITH OTHER VALUES" not in flipped and set(cut) == {"refused"}
 
 
+@exits_cleanly
 def main() -> None:
     arguments = tyro.cli(Arguments)
     generator = random.Random(arguments.seed)

@@ -22,6 +22,7 @@ from pathlib import Path
 import tyro
 
 from tests.wandb_server import WandbServer
+from transformer_scratch.errors import exits_cleanly
 
 PROJECT = Path(__file__).resolve().parents[2]
 TRAINING = shlex.split(
@@ -130,6 +131,7 @@ def train_through(
     return watch(command, folder, server.environment(folder / "home"), fail, limit)
 
 
+@exits_cleanly
 def main() -> None:
     arguments = tyro.cli(Arguments)
     project = arguments.project.resolve()  # each training runs in a folder of its own
