@@ -101,7 +101,9 @@ class Page:
     def add(self, title: str, measure: Callable[..., list[dict]], *arguments: object) -> None:
         try:
             rows = measure(self, *arguments)
-        except (Exception, SystemExit):  # train.py exits by itself, and has said why
+        except (Exception, SystemExit) as end:  # train.py exits by itself, and has said why
+            if isinstance(end, SystemExit) and end.code > 128:  # Ctrl-C ends the whole page
+                raise
             traceback.print_exc()
             self.missing.append(title)
         else:

@@ -77,7 +77,9 @@ def observe_script(script: Path, flags: list[str], on_meta: bool = False) -> Obs
     ):
         try:
             train.main([*flags, "--run-dir", str(run)])
-        except SystemExit:
+        except SystemExit as end:
+            if end.code > 128:  # Ctrl-C was for all trainings, not for this one alone
+                raise
             seen.crash = stderr.getvalue().splitlines()[-1]
     read_folder(run, seen)
     return seen
