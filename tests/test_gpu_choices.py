@@ -56,8 +56,9 @@ def test_the_choice_of_kernels_is_given_back(ends_well):
         if not ends_well:
             raise BadInput("something else")
 
+    torch.set_float32_matmul_precision("highest")  # whatever a test before has left
+    torch.backends.cuda.enable_cudnn_sdp(True)
     before = kernels()
-    assert before == ("highest", True)
     try:
         main()
     except SystemExit:

@@ -163,10 +163,7 @@ def load_config(
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse(arguments, Config())
-    folder = config.resume
-    if folder is None:
-        # The main process keeps torchrun's store: after a refusal it is gone, and so is the store.
-        folder = processes.run_on_main(processes.run_before_restart)
+    folder = processes.run_before_restart() if config.resume is None else config.resume
     if folder is None:
         check(config, processes, arguments)
         return *choose_open_settings(config, processes), None

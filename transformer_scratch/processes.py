@@ -72,10 +72,18 @@ class Processes:
             self.store.set("run", str(folder))
 
     def run_before_restart(self) -> Path | None:
-        """The run that this torchrun was training before it restarted its processes, if any."""
-        if self.store is None or not self.store.check(["run"]):
+        """The run that this torchrun was training before it restarted its processes, if any.
+
+        The main process asks for all: it keeps the store, which is gone as soon as it has refused
+        what the others refuse a little later.
+        """
+        if self.store is None:
             return None
-        return Path(self.store.get("run").decode())
+
+        def ask() -> Path | None:
+            return Path(self.store.get("run").decode()) if self.store.check(["run"]) else None
+
+        return self.run_on_main(ask)
 
 
 ALONE = Processes()
