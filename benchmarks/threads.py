@@ -48,13 +48,12 @@ def print_seconds(dim: int, num_layers: int, batch_size: int) -> None:
 
 def measure(options: Arguments, dim: int, threads: int, spinning: bool = False) -> float:
     """-> the seconds of a step, in a process of its own."""
-    code = f"from benchmarks.threads import print_seconds as p; p({dim}, {options.num_layers}, "
-    code += f"{options.batch_size})"
-    if spinning:
-        code = "import torch; " + code  # before transformer_scratch can say how to wait
+    sizes = (dim, options.num_layers, options.batch_size)
+    code = f"from benchmarks.threads import print_seconds; print_seconds{sizes}"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if spinning:
-        environment.pop("OMP_WAIT_POLICY", None)
+        code = "import torch; " + code  # before transformer_scratch can say how to wait
+        environment.pop("OMP_WAIT_POLICY", None)  # ours, which a process hands on
     command = [sys.executable, "-c", code]
     output = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True

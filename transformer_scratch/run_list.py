@@ -11,7 +11,7 @@ COLUMNS = ("run", "seed", "size", "epochs", "exact match", "saved")
 
 
 def print_runs() -> None:
-    """Print the runs in runs/, that saved last at the end. Raises BadInput when there is none."""
+    """Print the runs in runs/, the last saved at the end. Raises BadInput when there is none."""
     folders = sorted({file.parent for file in RUNS.glob("*/config.json")}, key=saved_at)
     if not folders:
         raise BadInput("there is no run in runs/")
