@@ -189,7 +189,8 @@ def count_wait() -> None:
     frame = sys._getframe()
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(PROJECT) and file != Path(__file__).resolve():
+        installed = file.is_relative_to(sys.prefix)  # a .venv lies in the project
+        if file.is_relative_to(PROJECT) and not installed and file != Path(__file__).resolve():
             line = linecache.getline(str(file), frame.f_lineno).partition("  #")[0].strip()
             waits[f"{file.name}: {line}"] += 1
             return

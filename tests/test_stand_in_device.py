@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 from metrics import read_metrics
+from stand_in_device import count_wait
+from stand_in_device import waits as stand_in_waits
 
 import evaluate
 
@@ -123,6 +125,15 @@ def test_evaluation_finds_the_same(counted):
         for folder in (Path("run"), run)
     )
     assert here == there and here["num_unseen"] > 0
+
+
+def test_a_library_that_lies_in_the_project_is_not_named(monkeypatch):
+    """A .venv does. What waits is the line of ours that called it."""
+    monkeypatch.setattr(sys, "prefix", str(PROJECT / ".venv"))
+    library = {"count_wait": count_wait}
+    exec(compile("def step():\n    count_wait()", PROJECT / ".venv/torch.py", "exec"), library)
+    library["step"]()
+    assert stand_in_waits.popitem() == ('test_stand_in_device.py: library["step"]()', 1)
 
 
 # ------------------------------------------------------------------------------ planted mistakes
