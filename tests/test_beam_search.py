@@ -206,7 +206,15 @@ def test_a_beam_as_wide_as_all_answers_finds_the_best(seed, length_penalty):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    "beam, length_penalty", [(2, 0.0), (2, 0.6), (3, 2.0), (4, 0.6), (10, 0.0), (10, 2.0)]
+    ("beam", "length_penalty"),
+    [
+        pytest.param(2, 0.0, marks=pytest.mark.slow),
+        (2, 0.6),
+        (3, 2.0),
+        (4, 0.6),
+        pytest.param(10, 0.0, marks=pytest.mark.slow),
+        pytest.param(10, 2.0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_narrow_beam_follows_the_same_hypotheses_as_the_plain_search(seed, beam, length_penalty):
     """The plain one never stops early: to stop when nothing can win changes no answer."""

@@ -38,12 +38,12 @@ QUICK = {
     "float32": "",
     "fp16 with skipped updates": OVERFLOWS,
     "bf16, accumulation": "--amp bf16 --accumulate 4",
-    "clipping, accumulation, a short last window": "--clip-norm 0.1 --accumulate 4 --num-datas 224",
-    "much dropout, separate embeddings": "--dropout 0.5 --no-tie-embeddings",
     "the paper's recipe": "--label-smoothing 0.1 --schedule inverse-sqrt --warmup-steps 4",
     "a file of pairs": "--pairs {pairs}",
 }
 MORE = {
+    "clipping, accumulation, a short last window": "--clip-norm 0.1 --accumulate 4 --num-datas 224",
+    "much dropout, separate embeddings": "--dropout 0.5 --no-tie-embeddings",
     "no averaging": "--average 0",
     "a long average, smoothing, bf16": "--average 0.999 --label-smoothing 0.3 --amp bf16",
     "inverse square root without warm-up": "--schedule inverse-sqrt --warmup-steps 0",

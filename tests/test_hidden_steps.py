@@ -12,7 +12,6 @@ TRAINING = "--lr 0.01 --warmup-steps 5 --average 0 --amp off --wandb disabled"
 # What must be among the effects.
 QUICK = {
     "train mode": "losses differ from update 11 on",
-    "batch to the device": "stops in batch 1: RuntimeError: ",
     "clipping": "losses differ",
     "averaging": "val/loss_epoch",
     "zero_grad": "losses differ from update 3 on",
@@ -22,6 +21,7 @@ QUICK = {
 SLOW = {
     "seeding": "losses differ from update 1 on",
     "model to the device": "stops in batch 1: RuntimeError: ",
+    "batch to the device": "stops in batch 1: RuntimeError: ",
     "gradients averaged over the processes": "losses differ from update 2 on",
     "no gradients outside training": "KiB for a backward pass that never comes, instead of 0",
     "a new order every epoch": "losses differ from update 11 on",

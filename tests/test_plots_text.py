@@ -185,7 +185,14 @@ def test_there_are_never_too_many_groups(each):
         pytest.param(TRAINED, [], None, MISTAKES, id="nothing held out"),
         pytest.param(TRAINED, [], "z z", MISTAKES, id="nothing held out, mistakes"),
         pytest.param([("a", "x")], [], "", MISTAKES + ATTENTION, id="one question, one token"),
-        pytest.param(TRAINED, [("a" * 60, "x " * 70)], "y " * 69, MISTAKES + ATTENTION, id="long"),
+        pytest.param(
+            TRAINED,
+            [("a" * 60, "x " * 70)],
+            "y " * 69,
+            MISTAKES + ATTENTION,
+            id="long",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(TRAINED, [("z", "q")], "x", MISTAKES + ATTENTION, id="an unknown question"),
     ],
 )
@@ -262,6 +269,7 @@ def test_mathematics_is_not_begun(text):
 WEIRD = ["あ", "😀", "\u0320", "$", "$x$", "_", "^", "\\", r"\frac{", "{", "\x07", "\x1b", "א", "%"]
 
 
+@pytest.mark.slow
 def test_tokens_of_all_kinds_break_no_picture(tmp_path, capsys):
     trained = [(" ".join(WEIRD), " ".join(WEIRD[::-1])), ("a", "U+3042 end start <pad>")]
     task = task_of(trained, [("a " + " ".join(WEIRD[:8]), " ".join(WEIRD))], at_spaces=True)

@@ -1,7 +1,7 @@
 """The commands in both READMEs work, their examples are right, and what they point to exists."""
 
-import functools
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -58,16 +58,20 @@ def test_the_first_block_trains_and_tests():
     assert {"make train", "make test"} <= set(commands(f"```\n{first}```\n"))
 
 
-@functools.cache
-def help_of(module: str) -> str:
-    command = [sys.executable, "-m", module, "--help"]
-    shown = subprocess.run(command, cwd=PROJECT, capture_output=True, encoding="utf-8")
-    assert shown.returncode == 0, shown.stderr
-    return shown.stdout
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    def read_help(module: str) -> str:
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__")
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    return read_help
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_command_can_be_typed(command):
+def test_the_command_can_be_typed(command, help_of):
     program, words = program_of(command), shlex.split(command)[1:]
     if program == "make":
         targets = [word for word in words if "=" not in word]

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT
@@ -19,13 +20,14 @@ from stand_in_device import waits as stand_in_waits
 
 import evaluate
 
-UPDATES, LOG_EVERY, POSITIONS = 8, 4, 9  # the last is the length of the longest answer
+slow = pytest.mark.slow
+UPDATES, LOG_EVERY, POSITIONS = 4, 2, 9  # the last is the length of the longest answer
 FLAGS = (
     "--dim 16 --num-layers 1 --num-categories 4 --holdout 0.125 --max-epochs 1 --batch-size 16 "
     f"--num-datas {16 * UPDATES} --log-every {LOG_EVERY} --wandb disabled"
 )
 # In half precision a GPU rounds what dropout has left in another way than a CPU.
-PRECISIONS = {"off": "--dropout 0.1", "bf16": "--dropout 0", "fp16": "--dropout 0"}
+DROPOUT = {"off": 0.1, "bf16": 0, "fp16": 0}
 
 # What may wait because it happens once a run, once an epoch or at each save.
 NOW_AND_THEN = (
@@ -53,20 +55,27 @@ def on_stand_in(commands: list[str], folder: Path, project: Path = PROJECT):
 
 
 def training(amp: str) -> str:
-    return f"train.py {FLAGS} --amp {amp} {PRECISIONS[amp]} --run-dir {amp}"
+    return f"train.py {FLAGS} --amp {amp} --dropout {DROPOUT[amp]} --run-dir run"
 
 
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory) -> dict:
-    """What was counted in each precision and in an evaluation, and the folder of the runs."""
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("off", marks=slow), pytest.param("bf16", marks=slow), "fp16"],
+)
+def counted(request, tmp_path_factory) -> SimpleNamespace:
+    """What was counted in a training and in two evaluations; the precision and the run's folder."""
     folder = tmp_path_factory.mktemp("stand_in")
-    commands = {amp: training(amp) for amp in PRECISIONS}
-    commands["greedy"] = "evaluate.py --run off --no-pictures"
-    commands["beam"] = "evaluate.py --run off --beam 3 --source '0 3' '3 3'"
-    done = on_stand_in([*commands.values()], folder)
+    commands = [
+        training(request.param),
+        "evaluate.py --run run --no-pictures",
+        "evaluate.py --run run --beam 3 --source '0 3' '3 3'",
+    ]
+    done = on_stand_in(commands, folder)
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
-    return {"folder": folder, **dict(zip(commands, results, strict=True))}
+    trained, greedy, beam = json.loads(done.stdout.splitlines()[-1])
+    return SimpleNamespace(
+        trained=trained, greedy=greedy, beam=beam, amp=request.param, run=folder / "run"
+    )
 
 
 def waits_of_updates(counted: dict) -> dict[str, int]:
@@ -78,51 +87,48 @@ def in_file(name: str, counted: dict) -> int:
     return sum(number for line, number in counted["waits"].items() if line.startswith(name))
 
 
-@pytest.mark.parametrize("amp", PRECISIONS)
-def test_training_computes_the_same_numbers(amp, counted, train):
-    train(*training(amp).split()[1:], "--accelerator", "cpu")
-    rows = read_metrics(counted["folder"] / amp)
-    assert rows == read_metrics(Path(amp))
+def test_training_computes_the_same_numbers(counted, train):
+    train(*training(counted.amp).split()[1:], "--accelerator", "cpu")
+    rows = read_metrics(counted.run)
+    assert rows == read_metrics(Path("run"))
     assert len(rows) == UPDATES + 2 and "test/exact_match" in rows[-1]
 
 
-@pytest.mark.parametrize("amp", PRECISIONS)
-def test_no_update_waits_for_the_device(amp, counted):
+def test_no_update_waits_for_the_device(counted):
     """Only reading the losses does, every --log-every updates; in fp16 the scaler, once in each."""
-    reading, *scale = sorted(waits_of_updates(counted[amp]).items(), key=lambda item: item[1])
+    waits = waits_of_updates(counted.trained)
+    reading, *scale = sorted(waits.items(), key=lambda item: item[1])
     assert reading[0].startswith("run_folder.py: numbers = ")
     assert reading[1] == UPDATES / LOG_EVERY
-    assert [number for _, number in scale] == ([UPDATES] if amp == "fp16" else [])
+    assert [number for _, number in scale] == ([UPDATES] if counted.amp == "fp16" else [])
     assert all("scaler.get_scale()" in line for line, _ in scale)
 
 
-@pytest.mark.parametrize("amp", PRECISIONS)
-def test_all_weights_are_updated_in_one_operation(amp, counted):
-    operations = counted[amp]["operations"]
+def test_all_weights_are_updated_in_one_operation(counted):
+    operations = counted.trained["operations"]
     assert operations["_fused_adamw_"] == operations["_foreach_lerp_"] == UPDATES
     assert "addcdiv_" not in operations and "_foreach_addcdiv_" not in operations
 
 
 def test_greedy_decoding_waits_once_a_position(counted):
-    result = json.loads((counted["folder"] / "off/evaluation.json").read_text(encoding="utf-8"))
+    result = json.loads((counted.run / "evaluation.json").read_text(encoding="utf-8"))
     longest = max(len(answer["prediction"]) for answer in result["predictions"])
     with_end = min(longest + 1, POSITIONS)
-    assert in_file("decoding.py", counted["greedy"]) == with_end
-    assert in_file("evaluation.py", counted["greedy"]) == 2, "questions there, answers back"
+    assert in_file("decoding.py", counted.greedy) == with_end
+    assert in_file("evaluation.py", counted.greedy) == 2, "questions there, answers back"
 
 
 def test_a_beam_search_waits_once_a_position(counted):
-    assert 2 <= in_file("decoding.py", counted["beam"]) <= POSITIONS
-    assert in_file("evaluation.py", counted["beam"]) == 2
+    assert 2 <= in_file("decoding.py", counted.beam) <= POSITIONS
+    assert in_file("evaluation.py", counted.beam) == 2
 
 
 def test_evaluation_finds_the_same(counted):
-    run = counted["folder"] / "off"
-    shutil.copytree(run, "run")
+    shutil.copytree(counted.run, "run")
     evaluate.main(["--run", "run", "--accelerator", "cpu", "--no-pictures"])
     here, there = (
         json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        for folder in (Path("run"), run)
+        for folder in (Path("run"), counted.run)
     )
     assert here == there and here["num_unseen"] > 0
 
@@ -224,7 +230,7 @@ def train_a_copy(folder: Path, amp: str, *mistake: str) -> subprocess.CompletedP
     return on_stand_in([training(amp)], folder, copy_of_project(folder / "project", *mistake))
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("mistake", WAITING)
 def test_a_line_that_waits_is_named(mistake, tmp_path):
     *change, named = WAITING[mistake]
@@ -237,7 +243,7 @@ def test_a_line_that_waits_is_named(mistake, tmp_path):
     assert sum(number for line, number in waits.items() if named in line) >= UPDATES, waits
 
 
-@pytest.mark.slow
+@slow
 def test_decoding_that_asks_twice_is_named(tmp_path):
     line = "        if len(unfinished) == 0:\n"
     change = ("transformer_scratch/decoding.py", line, f"        token.max().item()\n{line}")
@@ -249,7 +255,7 @@ def test_decoding_that_asks_twice_is_named(tmp_path):
     assert asked == in_file("decoding.py: unfinished", counted) > 0
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize(
     "change",
     [

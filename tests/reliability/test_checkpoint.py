@@ -76,7 +76,7 @@ def test_no_flipped_bit_is_ever_loaded_with_other_values(stopped):
     values = checksum(load_checkpoint(file))
     content = file.read_bytes()
     found, silent = 0, 0
-    for _ in range(40):
+    for _ in range(24):
         file.write_bytes(content)
         flip(file, generator.randrange(8 * len(content)))
         try:
@@ -85,8 +85,8 @@ def test_no_flipped_bit_is_ever_loaded_with_other_values(stopped):
         except CheckpointError:
             found += 1
         silent += not loads_without_complaint_as_before(file, values)
-    assert found > 30
-    assert silent > 15  # torch.load alone lets many of them through
+    assert found > 18
+    assert silent > 8  # torch.load alone lets many of them through
 
 
 def loads_without_complaint_as_before(file: Path, values: str) -> bool:

@@ -53,7 +53,9 @@ def test_a_kill_inside_a_save(run, undisturbed, moment):
         pytest.param(
             functools.partial(kill_in_ranking, "after", 2), id="after best.pt is set", marks=slow
         ),
-        pytest.param(functools.partial(kill_in_metrics, 9), id="half a line of metrics"),
+        pytest.param(
+            functools.partial(kill_in_metrics, 9), id="half a line of metrics", marks=slow
+        ),
         pytest.param(
             functools.partial(signal_at_step, 9, signal.SIGKILL), id="in an update", marks=slow
         ),

@@ -25,7 +25,7 @@ def terminated_at(step: int):
 @pytest.mark.parametrize(
     ("flags", "plant", "step"),
     [
-        pytest.param("", None, 4, id="float32"),
+        pytest.param("", None, 4, id="float32", marks=slow),
         pytest.param("--amp fp16", overflow_in_fp16, 4, id="fp16"),
         pytest.param("--amp bf16", None, 4, id="bf16", marks=slow),
         pytest.param("--num-workers 2", None, 4, id="two workers", marks=slow),

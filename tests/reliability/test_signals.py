@@ -29,7 +29,7 @@ slow = pytest.mark.slow
     [
         pytest.param(STEP, SIGINT, 4, id="Ctrl-C in a step"),
         pytest.param(STEP, SIGTERM, 4, id="SIGTERM in a step", marks=slow),
-        pytest.param(STEP, SIGHUP, 4, id="SIGHUP in a step"),
+        pytest.param(STEP, SIGHUP, 4, id="SIGHUP in a step", marks=slow),
         pytest.param(STEP, SIGUSR1, 4, id="SIGUSR1 in a step", marks=slow),
         pytest.param(STEP, SIGXCPU, 4, id="SIGXCPU in a step", marks=slow),
         pytest.param(VALIDATION, SIGTERM, 6, id="SIGTERM in validation"),
