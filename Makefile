@@ -29,8 +29,8 @@ test:  ## the quick tests
 	$(INSTALL_ALL)
 	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest $(ARGS)
 
-# What not every machine has is left out by a marker. Where it has: make test-all ARGS="-m root" (Linux,
-# as root) and make test-all ARGS="-m browser" (Chromium, and pip install selenium).
+# What not every machine has is left out by a marker. Where a machine has it:
+# make test-all ARGS="-m root" (Linux, as root) and make test-all ARGS="-m browser" (Chromium, and pip install selenium).
 test-all:  ## the long ones too
 	$(INSTALL_ALL)
 	REQUIRE_COMPARISON=1 $(PYTHON) -m pytest -m "not gpu and not browser and not root" $(ARGS)

@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     batches_per_epoch = len(train_loader.sampler)
     updates_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
     bar = summary.progress_bar(config.max_epochs * updates_per_epoch, progress.step, run)
-    scale = scaler.get_scale()  # reading it waits for the GPU: only once an update
+    scale = scaler.get_scale()  # kept, so that each update waits for the GPU only once
 
     # ----------------------------------------------------------------------------- 5. The epochs
 

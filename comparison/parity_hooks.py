@@ -63,7 +63,7 @@ class UnscalesBeforeClipping:
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler and optimizer.defaults["fused"]:
+        if scaler and optimizer.defaults.get("fused"):
             scaler.unscale_(optimizer)
 
 

@@ -6,11 +6,11 @@ none above 65504, so large ones overflow to infinity. A GradScaler keeps them in
     scaler.scale(loss)         the loss times the scale: its gradients are that much larger
     scaler.unscale_(optimizer) divides the gradients by the scale, once an update
     scaler.step(optimizer)     optimizer.step(), unless a gradient is infinite or NaN
-    scaler.update()            halves the scale after such an overflow; doubles it now and then
-                               when all has gone well for long
+    scaler.update()            halves the scale after such an overflow; doubles it after a long
+                               stretch without one
     scaler.get_scale()         the scale
 
-An update that an overflow prevents is called skipped. That the scale has fallen tells it.
+An update that an overflow prevents is called skipped: the scale has fallen then.
 
 Check it with: python -m pytest exercises/check_loss_scaler.py
 """

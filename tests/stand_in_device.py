@@ -8,8 +8,8 @@ was counted during each of them:
 waits: how often the host would have waited for the device, by the line of the project.
 operations: the kernels that the device would have been given, by name; views are none.
 
-As on a GPU, tensors of two devices are refused. What the stand-in cannot show is time, memory, and
-the rounding of a GPU's kernels.
+As on a GPU, tensors of two devices are refused. What the stand-in cannot show is time, memory, the
+rounding of a GPU's kernels, and whether memory that is sent aside was pinned.
 
 It registers a device for the whole process, and that cannot be undone: hence a process of its own.
 """

@@ -30,7 +30,8 @@ PAGES = [
     # Those of changing.md need the lines that it adds: test_changing.py types them.
     *sorted({*(PROJECT / "docs").glob("*.md")} - {PROJECT / "docs" / "changing.md"}),
 ]
-PROGRAMS = "python|python3|make|torchrun|wandb|docker|pip|grep|diff|cp|source"
+PROGRAMS = "python|python3|make|torchrun|wandb|docker|pip|grep|diff|cp|source|git"
+TYPED = re.compile(rf"(\w+=\S+ )*(\.venv/bin/)?({PROGRAMS}) ")  # with variables before it
 # The words of a command, and why it is not typed here.
 LEFT_OUT = {
     "docker": "needs Docker",
@@ -39,7 +40,10 @@ LEFT_OUT = {
     "wandb": "needs an account, or a terminal of its own",
     "source": "the tests are in an environment already",
     "python3 -m venv": "the tests are in an environment already",
+    ".venv/bin/python -m pip": "the tests are in an environment already",
+    ".venv/bin/python -m pytest": "runs these tests",
     "make test": "runs these tests",
+    "git": "the copy has no history",
     "torchrun --nnodes": "needs two machines: see tests/reliability/test_torchrun.py",
     "torchrun --max-restarts": "is a part of a command",
     "python3 train.py --accelerator gpu": "needs a GPU: tests/gpu",
@@ -73,17 +77,18 @@ def commands(text: str) -> list[tuple[str, bool]]:
             continue
         lines = block.splitlines() if block else [" ".join(inline.split())]
         typed = [re.split(r"\s+#", line)[0].strip() for line in lines]
-        found += [(line, language == "bash") for line in typed if re.match(rf"({PROGRAMS}) ", line)]
+        found += [(line, language == "bash") for line in typed if TYPED.match(line)]
     return found
 
 
 def test_commands_are_found_in_order():
     text = (
         "`grep -n x a.py` and `b.py`:\n```bash\npython b.py   # it runs\nls\n```\n"
-        "```text\npython no\n```\n```\nmake c\n```\nthen `python\nd.py`\n"
+        "```text\npython no\n```\n```\nmake c\n```\nthen `python\nd.py`, `A=1 .venv/bin/pip e`\n"
     )
     assert commands(text) == [
-        ("grep -n x a.py", False), ("python b.py", True), ("make c", False), ("python d.py", False)
+        ("grep -n x a.py", False), ("python b.py", True), ("make c", False), ("python d.py", False),
+        ("A=1 .venv/bin/pip e", False),
     ]  # fmt: skip
 
 
@@ -106,6 +111,7 @@ def project(tmp_path_factory) -> Path:
     left_behind = (".git", ".venv", "runs", "build", "data", "wandb", "__pycache__", ".*_cache")
     copy = tmp_path_factory.mktemp("reader") / "project"
     shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(*left_behind))
+    os.symlink(sys.prefix, copy / ".venv")
     command = [sys.executable, "train.py", *TINY.split()]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     for name, text in FILES.items():

@@ -102,6 +102,16 @@ def test_a_tensor_of_any_name_is_fetched_with_the_others():
     assert epoch == {"step": 2, "epoch": 0, "mine": 4.0}
 
 
+def test_tensors_of_any_type_and_shape_keep_their_number():
+    run = RunFolder(Config(run_dir="run"), ALONE, None)
+    odd = 2**24 + 1  # no float32
+    mine = {"a": torch.tensor(odd), "b": torch.tensor([[0.5]]), "c": torch.tensor(0.1).double()}
+    run.record({"step": 1, "train/loss_step": torch.tensor(1.0), **mine})
+    newest = run.flush()
+    assert (newest["a"], newest["b"], newest["c"]) == (odd, 0.5, torch.tensor(0.1).item())
+    assert isinstance(newest["a"], int)
+
+
 def test_a_tensor_of_your_own_that_is_not_finite_ends_the_run():
     run = RunFolder(Config(run_dir="run"), ALONE, None)
     with pytest.raises(TrainingFault, match="bad numbers at step 3: mine is nan"):

@@ -36,9 +36,11 @@ NOW_AND_THEN = (
     "checkpoint.py: return content.detach().cpu()",
     "progress.py: return {**vars(self), ",
     "run_folder.py: name: None if part is None else part.state_dict()",
-    "processes.py: ",
-    "evaluation.py: ",
-    "decoding.py: ",
+    "processes.py: total = self.sum(",  # the means of validation and test
+    "processes.py: return (self.sum(weighted_sum.clone()) / total).item()",
+    "evaluation.py: source = source.padded(",
+    "evaluation.py: for pair, row in zip(chunk, decoded.tolist(), strict=True):",
+    "decoding.py: unfinished = ",  # once a position, as is tested below
 )
 
 

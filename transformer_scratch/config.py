@@ -101,7 +101,7 @@ class Config:
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """Mixed precision. fp16 needs its loss scaled, bf16 does not. auto: what is fast here."""
     compile: bool = False
-    """Compile the model with torch.compile: a slow first step, faster ones after it or not."""
+    """Compile the model with torch.compile: a slow first step, then faster ones, perhaps."""
 
     # ---- what is written and shown
 

@@ -90,7 +90,7 @@ def choose_threads(dim: int, batch_size: int) -> str:
         if not re.match(r"\s*[1-9]\d{0,8}\s*(,|$)", variable):  # it may hold a list
             raise BadInput(f"OMP_NUM_THREADS={variable!r} must be a number of threads, or unset")
         return "OMP_NUM_THREADS"
-    if dim * batch_size > 64 * 128:
+    if dim**2 * batch_size > 64**2 * 128:  # the work of a step
         return "one a core; OMP_NUM_THREADS=1 leaves the others to other programs"
     when_main_ends(torch.set_num_threads, torch.get_num_threads())
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import uuid
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -283,12 +284,16 @@ def environment() -> dict[str, object]:
 
 
 def read_tensors(rows: list[dict]) -> None:
-    """Put its number in the place of each tensor. However many there are, the device is waited for
-    once."""
-    on_device = [(row, name) for row in rows for name in row if isinstance(row[name], Tensor)]
-    if on_device:
-        numbers = torch.stack([row[name] for row, name in on_device]).tolist()
-        for (row, name), number in zip(on_device, numbers, strict=True):
+    """Put its number in the place of each tensor. Tensors of one device and type are read together:
+    however many there are, the device is waited for once."""
+    alike = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, Tensor):
+                alike[value.device, value.dtype].append((row, name))
+    for places in alike.values():
+        numbers = torch.stack([row[name].reshape(()) for row, name in places]).tolist()
+        for (row, name), number in zip(places, numbers, strict=True):
             row[name] = number
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+from transformer_scratch.commands import python_command
 from transformer_scratch.errors import BadInput
 from transformer_scratch.run_folder import RUNS, read_metrics, saved_at
 
@@ -14,7 +15,7 @@ def print_runs() -> None:
     """Print the runs in runs/, the last saved at the end. Raises BadInput when there is none."""
     folders = sorted({file.parent for file in RUNS.glob("*/config.json")}, key=saved_at)
     if not folders:
-        raise BadInput("there is no run in runs/")
+        raise BadInput(f"there is no run in runs/; start one with: {python_command('train.py')}")
     rows = [COLUMNS, *map(describe, folders)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -109,8 +109,8 @@ HIDDEN = [
         "unscale before clipping",
         without="with `--amp fp16`: losses differ from update 2 on, by up to 0.41: every update is "
         "clipped, because its gradients are 65,536 times too large",
-        lightning="in every fp16 update, whether it clips or not; but leaves it to a fused "
-        "optimizer, whose step comes after the clipping",
+        lightning="in every fp16 update, whether it clips or not, but it leaves that to a "
+        "fused optimizer, whose step comes after the clipping",
         where=f"{PL}/plugins/precision/amp.py:optimizer_step",
         twin="**precision(",
     ),

@@ -19,6 +19,7 @@ import tyro
 
 import train
 from transformer_scratch.checkpoint import load_checkpoint, save_checkpoint
+from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.run_folder import read_metrics
 
 STOPPED_AT = 7  # of 10 updates in an epoch
@@ -57,6 +58,7 @@ def leave_out(part: str | None, middle: dict, start: dict) -> dict:
     return {**middle, part: start[part]}
 
 
+@exits_cleanly
 def main() -> dict[str | None, float]:
     """-> for each part left out (None: nothing), how far the losses are from the unbroken run's."""
     with tempfile.TemporaryDirectory() as place:

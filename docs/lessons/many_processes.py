@@ -14,6 +14,7 @@ import tyro
 
 from transformer_scratch.batches import BatchSampler
 from transformer_scratch.digits import Digits, make_datasets, split_pairs
+from transformer_scratch.errors import exits_cleanly
 from transformer_scratch.run_folder import read_metrics
 
 BATCH, SAMPLES, SEED = 64, 640, 42
@@ -54,6 +55,7 @@ def train(world_size: int, folder: Path) -> list[dict]:
     return [row for row in read_metrics(folder) if "train/loss_step" in row]
 
 
+@exits_cleanly
 def main() -> float:
     """-> the largest difference between two weights at the end."""
     show_shares()

@@ -13,7 +13,12 @@ from train import token_loss
 from transformer_scratch.batches import make_loaders
 from transformer_scratch.config import load_config
 from transformer_scratch.errors import exits_cleanly
-from transformer_scratch.hardware import AUTOCAST_TYPES, choose_device, choose_threads
+from transformer_scratch.hardware import (
+    AUTOCAST_TYPES,
+    choose_device,
+    choose_kernels,
+    choose_threads,
+)
 from transformer_scratch.model import Transformer
 from transformer_scratch.optimizer import can_fuse, make_optimizer, make_schedule
 from transformer_scratch.processes import ALONE
@@ -84,11 +89,11 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     model.to(device)
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, config.lr, config.weight_decay, can_fuse(config.amp, device))
-    scheduler = make_schedule(optimizer, config.warmup_steps)
+    scheduler = make_schedule(optimizer, config.warmup_steps, config.schedule)
     dtype = AUTOCAST_TYPES[config.amp]
     autocast = torch.amp.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    torch.set_float32_matmul_precision("high")
+    choose_kernels()
 
     model.train()
     narrate("train mode", "dropout is on, in all modules")

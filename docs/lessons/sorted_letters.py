@@ -4,7 +4,10 @@ import random
 
 import tyro
 
+from transformer_scratch.errors import exits_cleanly
 
+
+@exits_cleanly
 def main() -> None:
     """Write sorted.tsv into this folder."""
     draw = random.Random(1)
