@@ -140,8 +140,9 @@ def with_run(command: str, project: Path) -> str:
 
 def type_in(command: str, project: Path, to_the_end: bool) -> str:
     """Run the command in a shell, and press Ctrl-C when its time is over. -> what it printed."""
-    # A student's shell: the threads of other tests are held to one.
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # A student's shell: the threads of other tests are held to one, and make hands on its own ARGS.
+    ours = {"OMP_NUM_THREADS", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
     environment |= {"PYTHON": sys.executable, "MAKEFLAGS": "--silent"}
     question = subprocess.PIPE if "--source -" in command else subprocess.DEVNULL
