@@ -9,6 +9,7 @@ What each loop costs is measured by python -m benchmarks.overhead.
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -105,6 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume")
     parser.add_argument("--devices", default="1")
     own, flags = parser.parse_known_args(arguments)
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        raise BadInput("Lightning is missing: python -m pip install -r comparison/requirements.txt")
     if own.resume is not None:
         raise BadInput("--resume: both programs train from the start here; leave it out")
     if not own.devices.isdecimal() or int(own.devices) < 1:

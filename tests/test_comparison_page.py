@@ -158,6 +158,23 @@ def test_a_click_lights_both_sides_and_explains(shown):
         assert shown.execute_script(IS_VISIBLE), step.tag
 
 
+ON_SCREEN = """
+const free = document.querySelector('.explained').getBoundingClientRect().bottom;
+return ['ours', 'theirs'].filter(side => {
+  const row = document.querySelector('#' + side + ' .lit').getBoundingClientRect();
+  return row.top >= free && row.bottom <= innerHeight;
+});
+"""
+
+
+@pytest.mark.browser
+def test_on_a_low_projector_a_click_brings_both_lines_onto_the_screen(shown):
+    resize(shown, 1280, 600)
+    for button in shown.find_elements("css selector", ".tags button"):
+        button.click()
+        assert shown.execute_script(ON_SCREEN) == ["ours", "theirs"], button.text
+
+
 @pytest.mark.browser
 def test_pointing_at_a_line_lights_the_other_side(shown):
     from selenium.webdriver import ActionChains

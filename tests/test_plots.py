@@ -76,7 +76,7 @@ def test_grid_shows_right_wrong_and_held_out():
     grid = figure.axes[0].collections[0].get_array()
     assert (grid == 0).sum() == 79 and (grid == 1).sum() == 19
     assert grid[trained] == 2 and grid[held_out] == 3
-    assert "79 of 80 trained pairs exact, 19 of 20 never seen" in figure.get_suptitle()
+    assert "right: 79 of 80 trained pairs, 19 of the 20 it has never seen" in figure.get_suptitle()
 
 
 def test_a_square_of_the_grid_ends_at_its_edge(tmp_path):

@@ -167,10 +167,10 @@ def draw_answers(task: Digits, predictions: dict[Pair, Prediction]) -> Figure:
         axes.text(
             1.05, 0.6, "\n".join(["wrong answers (×):", *lines]), transform=axes.transAxes, va="top"
         )
-    parts = [f"{counts[0]} of {counts[0] + counts[2]} trained pairs exact"]
+    parts = [f"{counts[0]} of {counts[0] + counts[2]} trained pairs"]
     if counts[1] + counts[3]:
-        parts.append(f"{counts[1]} of {counts[1] + counts[3]} never seen in training")
-    figure.suptitle("Can the model count from one digit to the other?\n" + ", ".join(parts))
+        parts.append(f"{counts[1]} of the {counts[1] + counts[3]} it has never seen")
+    figure.suptitle("Can the model count from one digit to the other?\nright: " + ", ".join(parts))
     return figure
 
 
