@@ -90,8 +90,13 @@ def watch(setup: SimpleNamespace, clip_norm: float) -> tuple[list[str], list[flo
                 f"the norm of the gradient at the update is {norm!r}, not at most {clip_norm}: "
                 "clip it between backward and optimizer.step()"
             )
-        if moved > len(norms):
+        if moved > 0 and not norms:
             mistakes.append("the schedule moves before the update: scheduler.step() after it")
+        if moved > len(norms) > 0:
+            mistakes.append(
+                f"after update {len(norms)} the schedule has moved {moved} times: "
+                "scheduler.step() once an update, without an argument"
+            )
         if moved < len(norms):
             mistakes.append(
                 f"after update {len(norms)} the schedule has moved {moved} times: "
@@ -122,17 +127,32 @@ def test_a_loss_for_each_batch(setup):
     assert isinstance(losses, list) and len(losses) == 5, (
         f"return a list with the loss of each of the 5 batches; yours: {losses}"
     )
+    assert all(isinstance(loss, float) for loss in losses), (
+        "return numbers, loss.item(): a tensor keeps all that its backward pass needs in memory"
+    )
 
 
 def test_every_token_counts_the_same(setup):
     # As if the other updates of the epoch were huge: these few tokens must hardly count.
     setup.batches = [batch._replace(mean_update_tokens=1e9) for batch in setup.batches]
+    for module in setup.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # nothing random: the gradient is known
+    first = setup.batches[0]
+    loss = train.token_loss(setup.model, first, setup.model.pad_id)
+    (loss * (first.num_tokens / first.mean_update_tokens)).backward()
+    right = gradient_norm(setup.model)
+    setup.optimizer.zero_grad()
+
     _, norms = watch(setup, clip_norm=1.0)
     losses = run(setup)
-    assert max(norms) < 1e-3, (
+    assert math.isclose(losses[0], loss.item(), rel_tol=1e-4), (
+        f"the first loss is {losses[0]!r}, not {loss.item()!r}, the plain mean over the tokens: "
+        "token_loss(model, batch, pad_id), before the step"
+    )
+    assert math.isclose(norms[0], right, rel_tol=1e-3), (
         "the loss that goes backward must be loss * (batch.num_tokens / batch.mean_update_tokens)"
     )
-    assert min(losses) > 1e-3, "the loss to report is the plain mean, as token_loss gives it"
 
 
 def test_same_losses_as_train_py(setup, tmp_path: Path):
@@ -143,6 +163,6 @@ def test_same_losses_as_train_py(setup, tmp_path: Path):
     expected = [row["train/loss_step"] for row in rows if "train/loss_step" in row]
     for step, (loss, right) in enumerate(zip(losses, expected, strict=True), start=1):
         assert math.isclose(loss, right, rel_tol=1e-5), (
-            f"at update {step} your loss is {float(loss)!r}, that of train.py {right!r}: "
-            "look at the order of the lines"
+            f"at update {step} your loss is {loss!r}, that of train.py {right!r}: something in the "
+            "updates before is different"
         )

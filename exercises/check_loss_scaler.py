@@ -60,6 +60,9 @@ def run(setup: SimpleNamespace, batches: list[Batch]) -> tuple[float, bool]:
     assert isinstance(result, tuple) and len(result) == 2, (
         f"return the norm of the gradient and whether the update was skipped; yours: {result}"
     )
+    assert not isinstance(result[0], bool), (
+        f"return the norm first, then whether the update was skipped; yours: {result}"
+    )
     return float(result[0]), bool(result[1])
 
 
@@ -130,19 +133,24 @@ class Watch:
         )
         self.num_backward += 1
 
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+    def note_batches(self, line: str, advice: str) -> None:
         self.note(
             self.num_forward < self.num_batches,
-            f"scaler.unscale_() after {self.num_forward} of {self.num_batches} batches: "
-            "once an update, when all its batches have gone backward",
+            f"{line} after {self.num_forward} of {self.num_batches} batches: {advice}",
+        )
+        self.note(
+            self.num_backward < self.num_forward,
+            f"{self.num_forward} batches have gone forward and {self.num_backward} backward: "
+            "scaler.scale(...).backward() for each batch by itself",
+        )
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        self.note_batches(
+            "scaler.unscale_()", "once an update, when all its batches have gone backward"
         )
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.note(
-            self.num_forward < self.num_batches,
-            f"scaler.step() after {self.num_forward} of {self.num_batches} batches: "
-            "one update for all of them, not one for each",
-        )
+        self.note_batches("scaler.step()", "one update for all of them, not one for each")
         self.note(
             "unscale_" not in self.called,
             "the gradient is still multiplied by the scale when you clip it: "
@@ -207,13 +215,28 @@ def test_each_line():
 
 
 def test_every_token_counts_the_same():
-    setup, norms = prepare(SMALL), []
-    setup.optimizer.register_step_pre_hook(lambda *_: norms.append(gradient_norm(setup.model)))
-    # As if the other updates of the epoch were huge: these few tokens must hardly count.
-    run(setup, [batch._replace(mean_update_tokens=1e9) for batch in setup.updates[0]])
-    assert norms[0] < 1e-3, (
-        "the loss of each batch must be weighted, then scaled: "
-        "loss * (batch.num_tokens / batch.mean_update_tokens)"
+    setup = prepare(SMALL)
+    for module in setup.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # nothing random: the gradient is known
+    for batch in setup.updates[0]:
+        loss = train.token_loss(setup.model, batch, setup.model.pad_id)
+        (loss * (batch.num_tokens / batch.mean_update_tokens)).backward()
+    right = gradient_norm(setup.model)
+    setup.optimizer.zero_grad()
+
+    norm, _ = run(setup, setup.updates[0])
+    assert not math.isclose(norm, SMALL * right, rel_tol=0.02), (
+        f"the norm that you return, {norm!r}, is still multiplied by the scale: "
+        "take what clip_grad_norm_ returns, after scaler.unscale_()"
+    )
+    assert not math.isclose(norm, CLIP_NORM, rel_tol=0.001), (
+        f"the norm that you return, {norm!r}, is the one after clipping: "
+        "take what clip_grad_norm_ returns, the one before"
+    )
+    assert math.isclose(norm, right, rel_tol=0.02), (
+        f"the norm of the gradient is {norm!r} instead of {right!r}: the loss of each batch must "
+        "be weighted, then scaled, loss * (batch.num_tokens / batch.mean_update_tokens)"
     )
 
 
@@ -223,6 +246,12 @@ def test_an_overflow():
     assert skipped, "the scale has fallen, so this update was skipped, but you return False"
     moved = setup.scheduler.last_epoch
     assert moved == 0, "a skipped update must not move the schedule"
+    setup.scaler.update(SMALL)
+    _, skipped = run(setup, setup.updates[1])
+    assert not skipped, (
+        "the gradients that have overflowed are still there in the next update: "
+        "optimizer.zero_grad() after a skipped update, too"
+    )
 
 
 def test_a_scale_that_grows():

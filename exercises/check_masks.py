@@ -40,3 +40,5 @@ def test_causal_mask_is_the_lower_triangle():
     assert mask.equal(torch.ones(4, 4, dtype=torch.bool).tril()), (
         "position i attends to itself and to all positions before it, and to no others"
     )
+    shape = tuple(causal_mask(6).shape)
+    assert shape == (6, 6), f"with length 6 the shape must be (6, 6), yours: {shape}"

@@ -8,8 +8,16 @@ from exercises.positions import add_positions, positional_encoding
 
 
 def test_shape():
-    shape = tuple(positional_encoding(6, 8).shape)
-    assert shape == (6, 8), f"one row for each position: (length, dim) = (6, 8), yours: {shape}"
+    for length, dim in ((6, 8), (3, 4)):
+        encoding = positional_encoding(length, dim)
+        assert isinstance(encoding, torch.Tensor), f"positional_encoding returns {encoding}"
+        shape = tuple(encoding.shape)
+        assert shape == (length, dim), (
+            f"one row for each position: (length, dim) = {length, dim}, yours: {shape}"
+        )
+        assert encoding.dtype == torch.float32, (
+            f"the encoding must be float32, as what it is added to; yours: {encoding.dtype}"
+        )
 
 
 def test_first_row_is_sin_and_cos_of_zero():
@@ -21,32 +29,44 @@ def test_first_row_is_sin_and_cos_of_zero():
 
 
 def test_values():
-    encoding = positional_encoding(6, 8)
-    for position, i in ((1, 0), (5, 1), (3, 3)):
-        angle = position / 10000 ** (2 * i / 8)
+    for dim, position, i in ((8, 1, 0), (8, 5, 1), (8, 3, 3), (4, 2, 1)):
+        encoding = positional_encoding(6, dim)
+        angle = position / 10000 ** (2 * i / dim)
         for column, function in ((2 * i, math.sin), (2 * i + 1, math.cos)):
             value, expected = encoding[position, column].item(), function(angle)
             assert math.isclose(value, expected, abs_tol=1e-5), (
-                f"PE({position}, {column}) = {function.__name__}({position} / 10000^({2 * i}/8)) "
-                f"= {expected!r}, yours: {value!r}"
+                f"PE({position}, {column}) = {function.__name__}({position} / "
+                f"10000^({2 * i}/{dim})) = {expected!r}, yours: {value!r}"
             )
 
 
-def test_positions_run_along_time():
-    # As many samples as positions, so that an encoding of the wrong axis can be added, too.
-    added = add_positions(torch.zeros(5, 5, 8))
-    assert added.shape == (5, 5, 8), f"(B, T, D) is (5, 5, 8) here, yours: {tuple(added.shape)}"
-    assert added[0].equal(added[2]), (
-        "two samples of a batch get different encodings: you added along the batch axis"
-    )
-    assert not added[0, 1].equal(added[0, 2]), "two positions of a sequence get the same encoding"
-    assert torch.allclose(added[1], positional_encoding(5, 8)), (
-        "the rows of the encoding must be added in order of position"
-    )
+def added_to(x: torch.Tensor) -> torch.Tensor:
+    try:
+        added = add_positions(x.clone())
+    except RuntimeError:  # sizes that do not match
+        raise AssertionError(
+            f"x of {tuple(x.shape)} needs {x.size(1)} rows of {x.size(2)} numbers: "
+            "positions run along axis 1, T"
+        ) from None
+    assert isinstance(added, torch.Tensor), f"add_positions returns {added}"
+    assert added.shape == x.shape, f"(B, T, D) is {tuple(x.shape)}, yours: {tuple(added.shape)}"
+    return added
 
 
 def test_they_are_added():
     x = torch.randn(3, 5, 8)
-    assert torch.allclose(add_positions(x.clone()), x + positional_encoding(5, 8)), (
+    assert torch.allclose(added_to(x) - added_to(torch.zeros(3, 5, 8)), x, atol=1e-5), (
         "the encoding must be added to x, whatever is in it"
+    )
+
+
+def test_positions_run_along_time():
+    added, encoding = added_to(torch.zeros(3, 5, 8)), positional_encoding(5, 8)
+    assert added[0].equal(added[2]), (
+        "two samples of a batch get different encodings: you added along the batch axis"
+    )
+    assert not added[0, 1].equal(added[0, 2]), "two positions of a sequence get the same encoding"
+    assert not torch.allclose(added[1], -encoding), "the encoding must be added, not subtracted"
+    assert torch.allclose(added[1], encoding), (
+        "the rows of the encoding must be added in order of position"
     )

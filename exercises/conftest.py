@@ -10,6 +10,7 @@ def pytest_configure(config):
     # the same mistake would be a second message.
     config.option.reportchars = ""
     config.option.disable_warnings = True
+    config.option.showcapture = "no"  # what other programs have logged meanwhile
     if config.option.tbstyle == "auto":
         config.option.tbstyle = "short"
 

@@ -1,4 +1,4 @@
-"""Exercise 5: the training loop. What `trainer.fit` does in an epoch, in your own lines.
+"""Exercise 5: the training loop. What Lightning's `fit` does in an epoch, in your lines.
 
 token_loss(model, batch, pad_id) is the mean loss over the tokens of a batch. A mean gives each
 token more weight the fewer there are in its batch. So that every token counts the same, the loss

@@ -10,7 +10,7 @@ none above 65504, so large ones overflow to infinity. A GradScaler keeps them in
                                stretch without one
     scaler.get_scale()         the scale
 
-An update that an overflow prevents is called skipped: the scale has fallen then.
+An update that an overflow prevents is called skipped. You can tell by the scale: it has fallen.
 
 Check it with: python -m pytest exercises/check_loss_scaler.py
 """
@@ -36,11 +36,11 @@ def train_update(
     -> the norm of the gradient, unscaled and before clipping, as nn.utils.clip_grad_norm_ returns
     it, and whether the update was skipped.
 
-    The loss is computed `with torch.amp.autocast("cpu", dtype=torch.float16)`. What goes backward
-    is, as in exercise 5, token_loss(model, batch, pad_id) * (batch.num_tokens /
-    batch.mean_update_tokens), but scaled; batch for batch, it adds up to the mean over the tokens
-    of the update. The norm of the whole update's true gradient is clipped to clip_norm. The
-    schedule moves by one, but not after a skipped update. The next update starts without gradients.
+    The loss is computed `with torch.amp.autocast("cpu", dtype=torch.float16)`. Each batch goes
+    backward by itself, so that memory holds one at a time: as in exercise 5, token_loss(model,
+    batch, pad_id) * (batch.num_tokens / batch.mean_update_tokens), but scaled. The gradients add
+    up to that of the whole update. Its true norm is clipped to clip_norm. The schedule moves by
+    one, but not after a skipped update. The next update starts without gradients.
     """
     raise NotImplementedError(
         "train_update is yours to write: scaled backward for each batch; then unscale, clip, step, "

@@ -403,4 +403,5 @@ def test_both_log_the_same_curves(monkeypatch, run_both):
     monkeypatch.setattr(wandb, "finish", note_and_finish)
     run_both("--max-epochs 1 --log-every 2")
     ours, twins = logged
-    assert curves <= ours and curves <= twins
+    # Ours may have a number more, of a reader's own: docs/changing.md.
+    assert curves <= twins - {"trainer/global_step"} <= ours

@@ -3,6 +3,7 @@
 The student's own files in exercises/ are not tested, except those that are still as handed out.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -155,6 +156,28 @@ def add_positions(x):
 
 # Other ways to write the same: exercise -> replacements in its solution.
 ALSO_RIGHT = {
+    "attention": [
+        [("scores = scores / math.sqrt(query.size(-1))", "scores /= math.sqrt(query.size(-1))")],
+        [
+            (
+                "    scores = query @ key.transpose(-2, -1)\n"
+                "    scores = scores / math.sqrt(query.size(-1))\n",
+                "    query /= math.sqrt(query.size(-1))\n    scores = query @ key.mT\n",
+            ),
+        ],
+        [("scores.masked_fill(~mask, -math.inf)", "mask.log() + scores")],
+    ],
+    "multi_head": [
+        [
+            (
+                "x.view(batch, length, self.num_heads, -1).transpose(1, 2)",
+                "__import__('torch').stack(x.chunk(self.num_heads, dim=2), dim=1)",
+            )
+        ],
+    ],
+    "positions": [
+        [("return x +", "x = x.clone(); x +="), ("x.size(2))\n", "x.size(2)); return x\n")]
+    ],
     "loop": [
         [
             ("        optimizer.zero_grad()\n", ""),
@@ -191,6 +214,10 @@ MISTAKES = {
             "mask the scores before the softmax",
         ),
         ("(query, key, mask) @", "(query, key) @", "must pass its mask on"),
+        ("math.sqrt(query.size(-1))", "math.sqrt(8)", "wrong for one of 4: d_k is query.size"),
+        ("~mask, -math.inf", "~mask[:, :, :, :], -math.inf", "too many indices"),
+        ("return scores.softmax(dim=-1)", "return scores.double().softmax(dim=-1)", "float64"),
+        ("return scores.softmax(dim=-1)", "scores.softmax(dim=-1)", "returns None"),
     ],
     "masks": [
         ("[:, None, None, :]", "", "(B, 1, 1, S)"),
@@ -200,9 +227,10 @@ MISTAKES = {
         ("tril()", "triu()", "which is the future"),
         ("tril()", "tril(-1)", "attend to itself"),
         (", dtype=torch.bool", "", "the mask must be bool"),
+        ("torch.ones(length, length", "torch.ones(4, 4", "with length 6"),
     ],
     "multi_head": [
-        (".transpose(1, 2)\n\n", "\n\n", "(B, H, T, K) is (3, 2, 4, 4)"),
+        (".transpose(1, 2)\n\n", "\n\n", "(B, H, T, K) is (2, 3, 5, 4)"),
         (
             "x.view(batch, length, self.num_heads, -1).transpose(1, 2)",
             "x.view(batch, self.num_heads, length, -1)",
@@ -214,7 +242,14 @@ MISTAKES = {
             "head 0 must hold the first 4 numbers",
         ),
         ("self.query(x)", "self.query(memory)", "queries come from x"),
-        ("self.key(memory)", "self.key(x)", "W^K and W^V project memory"),
+        ("self.key(memory)", "self.key(x)", "come from memory, not from x"),
+        ("self.value(memory)", "self.value(x)", "come from memory, not from x"),
+        ("attention(query, key, value", "attention(key, query, value", "in this order"),
+        ("attention(query, key, value", "attention(query, value, key", "in this order"),
+        ("self.query(x)", "x", "the shape is right, the numbers are not"),
+        ("self.output(joined)", "x + self.output(joined)", "residual connection"),
+        ("self.num_heads, -1", "3, -1", "with two heads"),
+        ("value, mask)", "value, mask[:, 0] if mask is not None else None)", "the mask must reach"),
         ("heads = heads.transpose(1, 2)", "pass", "a view straight from (B, H, T, K)"),
         ("self.output(joined)", "joined", "W^O is missing"),
         ("value, mask)", "value)", "the mask must reach"),
@@ -227,6 +262,11 @@ MISTAKES = {
             "sines and cosines alternate",
         ),
         ("torch.arange(0, dim, 2)", "torch.arange(dim // 2)", "PE(5, 2) = sin(5 / 10000^(2/8))"),
+        ("dim, 2) / dim)", "dim, 2) / 8)", "10000^(2/4)"),
+        ("torch.empty(length, dim)", "torch.empty(length, dim).double()", "must be float32"),
+        ("x.size(1), x.size(2))", "len(x), x.size(2))", "positions run along axis 1, T"),
+        ("return x + pos", "return x * pos", "the encoding must be added to x"),
+        ("return x + pos", "return x - pos", "added, not subtracted"),
         ("x.size(1), x.size(2))", "len(x), x.size(2))[:, None]", "along the batch axis"),
         ("return x + positional", "return 0 * x + positional", "the encoding must be added to x"),
     ],
@@ -241,8 +281,13 @@ MISTAKES = {
         ("scheduler.step()", "pass", "scheduler.step() after each update"),
         ("optimizer.step()", "scheduler.step(); optimizer.step()", "moves before the update"),
         ("losses.append(loss.item())", "pass", "the loss of each of the 5 batches; yours: []"),
-        ("loss.item()", "(loss * weight).item()", "the plain mean, as token_loss gives it"),
-        ("batch, pad_id)", "batch, pad_id, label_smoothing=0.1)", "your loss is "),
+        ("loss.item()", "(loss * weight).item()", "the plain mean over the tokens"),
+        ("batch, pad_id)", "batch, pad_id, label_smoothing=0.1)", "the plain mean over the tokens"),
+        ("batch, pad_id)", "batch, 0)", "the plain mean over the tokens"),
+        ("loss * weight", "loss / batch.mean_update_tokens", "loss * (batch.num_tokens"),
+        ("scheduler.step()", "scheduler.step(); scheduler.step()", "once an update"),
+        ("loss.item()", "loss", "return numbers, loss.item()"),
+        ("in batches:", "in list(batches)[::-1]:", "something in the updates before"),
     ],
     "resume": [
         ('model.load_state_dict(state["model"])', "pass", "the weights are not those"),
@@ -252,6 +297,12 @@ MISTAKES = {
         ('return state["step"]', "pass", "resume_from returns None"),
         ('"step": step', '"step": 0', "resume_from returns 0"),
         ("scheduler.state_dict()", "scheduler", "tensors, numbers and strings"),
+        (
+            'optimizer.load_state_dict(state["optimizer"])',
+            'optimizer.load_state_dict(state["optimizer"])\n'
+            '    for old in optimizer.state.values(): old["step"] *= 0',
+            "AdamW has forgotten",
+        ),
     ],
     "loss_scaler": [
         (", dtype=torch.float16", "", "not computed in fp16"),
@@ -277,7 +328,13 @@ MISTAKES = {
         (".backward()", ".backward(); optimizer.zero_grad()", "of the batches before are gone"),
         ("get_scale() < scale", "get_scale() != scale", "the scale has grown, not fallen"),
         ("return grad_norm, skipped", "return grad_norm, False", "this update was skipped"),
-        ("return grad_norm", "return clip_norm", "the norm of your gradient is 0.1"),
+        ("return grad_norm", "return clip_norm", "is the one after clipping"),
+        ("return grad_norm", "return grad_norm * scaler.get_scale()", "multiplied by the scale"),
+        ("return grad_norm, skipped", "return skipped, grad_norm", "return the norm first"),
+        ("    optimizer.zero_grad()", "        optimizer.zero_grad()", "a skipped update, too"),
+        ("        scaler.scale(loss", "    scaler.scale(loss", "have gone forward and 1 backward"),
+        ("loss * weight", "loss * weight / len(batches)", "loss * (batch.num_tokens /"),
+        ("loss * weight", "loss / batch.mean_update_tokens", "loss * (batch.num_tokens /"),
         (
             "        scaler.scale(loss * weight).backward()\n",
             "        scaler.scale(loss * weight).backward()\n        scaler.unscale_(optimizer)\n"
@@ -420,9 +477,23 @@ def test_handed_out_they_say_what_to_do(tmp_path):
         assert f"NotImplementedError: {first} is yours to write" in only_message(output)
 
 
+def imports(text: str) -> set[str]:
+    """The names that a file imports."""
+    nodes = ast.walk(ast.parse(text))
+    found = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {alias.name for node in found for alias in node.names}
+
+
 def test_handed_out_they_import_what_they_need():
-    for text in as_handed_out().values():
-        assert "\nimport torch" in text
+    for name, text in as_handed_out().items():
+        assert imports(SOLUTIONS[name]) <= imports(text), name
+
+
+def test_every_gap_is_known_by_its_words():
+    """Otherwise the tests of what is handed out would pass over a file."""
+    for name in SOLUTIONS:
+        text = (PROJECT / f"exercises/{name}.py").read_text(encoding="utf-8")
+        assert text.count("NotImplementedError(") == len(re.findall(GAP, text)), name
 
 
 def test_the_solutions_are_lines_of_the_program():
