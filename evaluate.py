@@ -140,7 +140,9 @@ def chosen_pair(arguments: Arguments, task: Task) -> Pair:
     if not arguments.pair:
         return example_to_show(task, task.splits.test)
     if not isinstance(task, Digits):
-        raise BadInput("--pair is for digits; this run was trained on a file: ask with --source")
+        raise BadInput(
+            "--pair is for digits; this run was trained on something else: ask with --source"
+        )
     if len(arguments.pair) != 2:
         raise BadInput("--pair takes two digits, for example --pair 8 4")
     return task.question(" ".join(map(str, arguments.pair)))

@@ -12,7 +12,11 @@ def test_feed_forward_is_equation_2():
     network, x = FeedForward(4, 16), torch.randn(2, 3, 4)
     w1, b1, w2, b2 = network.parameters()
     expected = torch.clamp(x @ w1.T + b1, min=0) @ w2.T + b2
-    torch.testing.assert_close(network(x), expected)
+    torch.testing.assert_close(
+        network(x),
+        expected,
+        msg="the feed-forward network is no longer max(0, xW1 + b1)W2 + b2, equation (2)",
+    )
 
 
 def test_add_and_norm_by_hand():

@@ -112,6 +112,36 @@ def test_tensors_of_any_type_and_shape_keep_their_number():
     assert isinstance(newest["a"], int)
 
 
+def test_a_weight_is_noted_as_it_was():
+    run = RunFolder(Config(run_dir="run"), ALONE, None)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    for step in (1, 2):
+        with torch.no_grad():
+            weight += 1
+        loss = torch.tensor(1.0)
+        run.record({"step": step, "train/loss_step": loss, "weight": weight[0]})
+    run.flush()
+    assert [row["weight"] for row in read_metrics(run.path)] == [1.0, 2.0]
+
+
+def test_in_a_skipped_update_what_is_not_finite_is_left_open():
+    run = RunFolder(Config(run_dir="run"), ALONE, None)
+    loss, norm, mine = torch.tensor(1.0), torch.tensor(torch.inf), torch.tensor(torch.nan)
+    row = {"step": 1, "train/loss_step": loss, "grad_norm": norm, "mine": mine, "fine": 1.0}
+    run.record({**row, "skipped": True})
+    written = {"step": 1, "train/loss_step": 1.0, "grad_norm": None, "mine": None, "fine": 1.0}
+    assert run.flush() == {**written, "skipped": True}
+    run.record({**row, "train/loss_step": torch.tensor(torch.inf), "skipped": True})
+    with pytest.raises(TrainingFault, match="train/loss_step is inf"):
+        run.flush()
+
+
+def test_a_tensor_of_many_numbers_is_named():
+    run = RunFolder(Config(run_dir="run"), ALONE, None)
+    with pytest.raises(ValueError, match=r"mine must hold one number, not a tensor of \(2,\)"):
+        run.write({"step": 1, "mine": torch.zeros(2)})
+
+
 def test_a_tensor_of_your_own_that_is_not_finite_ends_the_run():
     run = RunFolder(Config(run_dir="run"), ALONE, None)
     with pytest.raises(TrainingFault, match="bad numbers at step 3: mine is nan"):

@@ -34,6 +34,7 @@ from transformer_scratch.fonts import choose_fonts, legible
 from transformer_scratch.model import Transformer
 from transformer_scratch.run_folder import read_metrics
 from transformer_scratch.task import Pair, Task
+from transformer_scratch.text_pairs import TextPairs
 
 BLUE, LIGHT_BLUE, RED, ORANGE, GREY = "#0072B2", "#9FD3F2", "#D55E00", "#E69F00", "#D9D9D9"
 MOST_LABELS = 30  # at a side of an attention map
@@ -369,10 +370,10 @@ def draw_run(
     source, answer = task.encode_source(example), predictions[example].tokens
     written = [task.start_id, *answer[:-1]]
     padding = [task.pad_id] * 3
+    source_tokens, drawings = task.tokens(source), {}
     if isinstance(task, Digits):
-        source_tokens = task.tokens(source)
         drawings = {"answers": lambda: draw_answers(task, predictions)}
-    else:
+    elif isinstance(task, TextPairs):
         source_tokens = plots_text.source_tokens(task, example)
         drawings = {
             "errors_by_length": lambda: plots_text.draw_errors_by_length(task, answers),

@@ -97,12 +97,18 @@ class RunFolder:
             warn_once("metrics", f"{self.metrics.name} was gone; its rows are written anew")
 
     def record(self, row: dict) -> None:
-        """Note the numbers of an update. Tensors of one number wait on the device for flush.
+        """Note the numbers of an update. Tensors of one number wait on the device for flush, as
+        they are now: a weight goes on changing.
 
         "train/loss_step" is this process's share of the update's loss, which flush adds up. Of any
         other number the main process's own is written.
         """
-        self.waiting.append(row)
+        self.waiting.append(
+            {
+                name: value.detach().clone() if isinstance(value, Tensor) else value
+                for name, value in row.items()
+            }
+        )
 
     def flush(self) -> dict:
         """Read all numbers that wait on the device and write their rows. -> the newest of them.
@@ -115,8 +121,10 @@ class RunFolder:
             row["train/loss_step"] = loss
         read_tensors(rows)
         for row in rows:
-            if row.get("skipped"):
-                row["grad_norm"] = None  # not finite: that is why fp16 skipped the update
+            for name, number in row.items():
+                # Gradients that are not finite are why fp16 skipped the update. The loss is.
+                if row.get("skipped") and name != "train/loss_step" and not is_finite(number):
+                    row[name] = None
             self.write(row)
         return rows[-1]
 
@@ -127,7 +135,7 @@ class RunFolder:
         """
         read_tensors([row])
         for name, number in row.items():
-            if isinstance(number, float) and not math.isfinite(number):
+            if not is_finite(number):
                 at_lr = f" at learning rate {row['lr']:g}" if "lr" in row else ""
                 raise TrainingFault(
                     f"bad numbers at step {row['step']}: {name} is {number}{at_lr}. Try a smaller "
@@ -283,6 +291,10 @@ def environment() -> dict[str, object]:
     }
 
 
+def is_finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def read_tensors(rows: list[dict]) -> None:
     """Put its number in the place of each tensor. Tensors of one device and type are read together:
     however many there are, the device is waited for once."""
@@ -290,6 +302,9 @@ def read_tensors(rows: list[dict]) -> None:
     for row in rows:
         for name, value in row.items():
             if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    shape = tuple(value.shape)
+                    raise ValueError(f"{name} must hold one number, not a tensor of {shape}")
                 alike[value.device, value.dtype].append((row, name))
     for places in alike.values():
         numbers = torch.stack([row[name].reshape(()) for row, name in places]).tolist()
