@@ -58,7 +58,7 @@ class Arguments:
     checkpoint: str = "best"
     """best (lowest validation loss), last, or the path of a checkpoint file."""
     pair: tuple[int, ...] = ()
-    """The two digits to print in full: --pair 8 4. Not given: the first longer test pair."""
+    """The two digits to print in full: --pair 8 4. Not given: a test pair with a long answer."""
     source: tuple[str, ...] = ()
     """Only answer these: --source transformer attention. - reads one a line from standard input."""
     beam: int = 1

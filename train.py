@@ -12,7 +12,7 @@ import copy
 import math
 import time
 
-import transformer_scratch  # noqa: F401 - first: it says which variable PyTorch cannot read
+import transformer_scratch  # noqa: F401 - first: it says how threads wait
 
 # isort: split
 import torch
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     network = model
     if processes.world_size > 1:
         network = DistributedDataParallel(model)  # [hidden: gradients averaged over the processes]
-        network.broadcast_buffers = False  # the only one, the table of positions, is constant
+        network.broadcast_buffers = False  # its only buffer, the table of positions, is constant
         # Up to here all processes drew the same random numbers, so they start with the same
         # weights. From here on dropout must differ between them.
         seed_everything(config.seed + processes.rank)
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------- 5. The epochs
 
     for epoch in range(progress.epoch, config.max_epochs):
-        # Train mode switches dropout on. Validation has switched it off, where it judges `model`.
+        # Train mode switches dropout on. Without --average, validation has switched it off.
         model.train()  # [hidden: train mode]
 
         # The order depends on seed and epoch alone; a resumed run skips the batches it has done.
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             # In the mean over a batch a token weighs more the fewer tokens there are. This factor
             # undoes that: every token of the epoch counts the same. And where DDP averages the
-            # gradients of the processes we want their sum: hence world_size.
+            # gradients of the processes, we want their sum: hence world_size.
             weight = batch.num_tokens / batch.mean_update_tokens * processes.world_size
 
             # Processes exchange their gradients once an update, in the backward pass of its last

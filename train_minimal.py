@@ -65,7 +65,8 @@ def main() -> tuple[Transformer, list[float]]:
                 loss_sum += token_loss(model, batch) * batch.num_tokens
                 num_tokens += batch.num_tokens
         exact = exact_match(predict(model, task, task.splits.val))
-        print(f"epoch {epoch}: loss {loss_sum / num_tokens:.4f}, {exact:.0%} of unseen pairs exact")
+        loss = loss_sum / num_tokens
+        print(f"epoch {epoch}: validation loss {loss:.4f}, {exact:.0%} of unseen pairs exact")
 
     return model, losses
 

@@ -163,6 +163,6 @@ def test_same_losses_as_train_py(setup, tmp_path: Path):
     expected = [row["train/loss_step"] for row in rows if "train/loss_step" in row]
     for step, (loss, right) in enumerate(zip(losses, expected, strict=True), start=1):
         assert math.isclose(loss, right, rel_tol=1e-5), (
-            f"at update {step} your loss is {loss!r}, that of train.py {right!r}: something in the "
-            "updates before is different"
+            f"at update {step} your loss is {loss!r}, that of train.py {right!r}: something is "
+            "done in another order, or once too often"
         )

@@ -287,7 +287,8 @@ MISTAKES = {
         ("loss * weight", "loss / batch.mean_update_tokens", "loss * (batch.num_tokens"),
         ("scheduler.step()", "scheduler.step(); scheduler.step()", "once an update"),
         ("loss.item()", "loss", "return numbers, loss.item()"),
-        ("in batches:", "in list(batches)[::-1]:", "something in the updates before"),
+        ("in batches:", "in list(batches)[::-1]:", "the first loss is"),
+        ("loss = token_loss", "token_loss(model, batch, pad_id); loss = token_loss", "too often"),
     ],
     "resume": [
         ('model.load_state_dict(state["model"])', "pass", "the weights are not those"),

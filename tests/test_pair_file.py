@@ -10,6 +10,7 @@ import pytest
 import train as train_script
 from transformer_scratch.config import load_config
 from transformer_scratch.errors import BadInput
+from transformer_scratch.output import warned_of
 from transformer_scratch.pair_file import Column, read_pairs, write_pairs
 
 TINY = ["--dim=8", "--num-layers=1", "--max-epochs=1", "--wandb=disabled"]
@@ -107,6 +108,16 @@ def test_every_field_is_composed():
 def test_a_column_is_cut_at_spaces_where_a_field_of_it_holds_one(content, columns):
     file = read_pairs(write(content), "--pairs")
     assert (file.column(0), file.column(1)) == columns
+
+
+@pytest.mark.parametrize("stray", [0, 1, 40])
+def test_where_hardly_any_field_has_a_space_there_is_a_warning(stray, capsys):
+    warned_of.clear()
+    lines = [f"{'a b' if number < stray else 'ab'}\tc\n" for number in range(100)]
+    columns = [read_pairs(write("".join(lines)), "--pairs").column(side) for side in (0, 1)]
+    assert columns == [Column(stray > 0), INTO_CHARACTERS]
+    warning = "1 of 100 sources have spaces (line 1 first), so all are cut at spaces"
+    assert (warning in capsys.readouterr().err) == (stray == 1)
 
 
 def test_how_a_field_is_cut_and_put_together():

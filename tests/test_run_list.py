@@ -37,7 +37,7 @@ def test_a_run_has_its_seed_size_epochs_result_and_date(train, tiny, listed):
     folder = train(*tiny, "--seed", "7")
     header, run = listed()
     assert header == ["run", "seed", "size", "epochs", "exact match", "saved"]
-    assert run[:4] == [folder.name, "7", "dim 16, 1 head, 1+1 layers", "2 of 2"]
+    assert run[:4] == [str(folder), "7", "dim 16, 1 head, 1+1 layers", "2 of 2"]
     assert re.fullmatch(r"test \d+\.\d%", run[4]) and re.fullmatch(r"\d{4}-\d\d-\d\d .+", run[5])
 
 
@@ -46,15 +46,15 @@ def test_stopped_and_damaged_runs_have_their_line(listed):
     write_run("b", [])
     (write_run("c", []) / "config.json").write_text("{", encoding="utf-8")
     rows = {row[0]: row[1:] for row in listed()[1:]}
-    assert rows["a"] == [
+    assert rows["runs/a"] == [
         "42",
         "dim 512, 8 heads, 6+6 layers",
         "1 of 4",
         "validation 25.0%",
         "never",
     ]
-    assert rows["b"][2:] == ["0 of 4", "none yet", "never"]
-    assert rows["c"][1] == "unreadable (JSONDecodeError)"
+    assert rows["runs/b"][2:] == ["0 of 4", "none yet", "never"]
+    assert rows["runs/c"][1] == "unreadable (JSONDecodeError)"
 
 
 def test_without_a_run_it_says_so(listed, capsys):
@@ -66,6 +66,6 @@ def test_without_a_run_it_says_so(listed, capsys):
 def test_the_one_saved_last_is_the_last_line(train, tiny, listed):
     first = train(*tiny)
     second = train(*tiny, "--seed", "1")
-    assert [row[0] for row in listed()[1:]] == [first.name, second.name]
+    assert [row[0] for row in listed()[1:]] == [str(first), str(second)]
     shutil.copytree(first, "runs/copied-later")
-    assert listed()[-1][0] == second.name
+    assert listed()[-1][0] == str(second)

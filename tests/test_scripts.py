@@ -84,6 +84,13 @@ def test_metrics_lines(finished):
     assert rows[-1].keys() >= {"test/loss_epoch", "test/exact_match"} and len(rows) == 23
 
 
+@pytest.mark.parametrize(("warmup", "never"), [(11, True), (10, False)])
+def test_a_learning_rate_that_is_never_reached_is_named(warmup, never, train, capsys):
+    train(*TINY, "--max-epochs", 1, "--warmup-steps", warmup)
+    said = f"reached after {warmup} updates: never, as this run has 10\n"
+    assert (said in capsys.readouterr().out) == never
+
+
 def test_checkpoints_hold_what_the_contract_says(finished):
     run = finished / "runs" / NAME
     last = torch.load(run / "last.pt", weights_only=True)

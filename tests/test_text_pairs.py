@@ -15,7 +15,7 @@ from torch import nn
 
 import evaluate as evaluate_script
 import train as train_script
-from transformer_scratch import text_pairs
+from transformer_scratch import output, text_pairs
 from transformer_scratch.batches import BatchSampler, PairDataset, make_loader, make_loaders
 from transformer_scratch.checkpoint import load_checkpoint
 from transformer_scratch.config import check_batch_size, load_config
@@ -486,8 +486,9 @@ def test_the_folder_of_a_run_has_the_name_of_its_file_and_keeps_the_lines_that_a
 
 def test_the_start_counts_what_is_unknown_and_what_is_trained_too(trained):
     assert (
-        "validation: 0 tokens of sources, 0 of targets; 0 of its sources are trained, too; "
-        "test: 2 tokens of sources, 1 of targets; 1 of its sources are trained, too\n"
+        "validation: 0 tokens of sources, 0 of targets; "
+        "test: 2 tokens of sources, 1 of targets\n"
+        "warning      held out and trained, too: 0 validation sources, 1 test sources\n"
     ) in trained[1]
 
 
@@ -661,8 +662,14 @@ def test_any_source_is_answered(trained, capsys):
     """A trained one, one never seen, one of unknown characters, one longer than --seq-len."""
     run, _ = trained
     texts = ["kat", "katkat", "\u4f60\u597d \U0001f600", "k" * 700]
+    output.warned_of.clear()
     ask(run, *texts)
-    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "warning: never trained, and read as one unknown token: \u4f60 \u597d   \U0001f600 "
+        "in '\u4f60\u597d \U0001f600'\n"
+    )
+    rows = [line.split("\t") for line in printed.out.splitlines()]
     assert [row[0] for row in rows] == texts and {len(row) for row in rows} == {2}
     task = load(*three_files())[1]
     model = model_of(load_checkpoint(run / "best.pt")["model"])
@@ -737,7 +744,7 @@ def test_questions_of_digits(train, capsys, monkeypatch):
         with pytest.raises(SystemExit) as end:
             ask(run, text)
         assert end.value.code == 2
-        assert f"error: {text!r} is no question" in capsys.readouterr().err
+        assert f"error: {text!r} is not a question" in capsys.readouterr().err
 
 
 def test_a_pair_of_digits_is_no_question_to_a_file(trained, capsys):

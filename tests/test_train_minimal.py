@@ -62,7 +62,7 @@ def test_same_losses_and_weights_to_the_last_bit(both):
     expected = [
         f"{row['val/loss_epoch']:.4f}" for row in read_metrics(folder) if "val/loss_epoch" in row
     ]
-    assert re.findall(r": loss ([\d.]+),", printed) == expected
+    assert re.findall(r": validation loss ([\d.]+),", printed) == expected
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ class Config:
     """Train a Transformer, written from scratch, to count from one digit to another, or on a file
     of your own pairs.
 
-    Flags may be written with dashes or underscores. None means: chosen by task, size or hardware,
-    and printed at the start together with the reason.
+    Flags may be written with dashes or underscores. None stands for what the flag's
+    text says; what is chosen by task, size or hardware is printed at the start with its reason.
     """
 
     # ---- the model, in the paper's terms

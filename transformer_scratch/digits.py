@@ -94,7 +94,7 @@ class Digits(Task):
         known = [str(digit) for digit in range(self.num_categories)]
         if len(digits) != 2 or not {*digits} <= {*known}:
             raise BadInput(
-                f"{text!r} is no question: this run knows two digits from 0 to {known[-1]}, "
+                f"{text!r} is not a question: this run knows two digits from 0 to {known[-1]}, "
                 'for example "8 4"'
             )
         return int(digits[0]), int(digits[1])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from transformer_scratch.checkpoint import force_to_disk
 from transformer_scratch.errors import BadInput
+from transformer_scratch.output import warn_once
 
 Line = tuple[str, str]
 A_LINE = "a line is: source, one tab, target"
@@ -42,8 +43,23 @@ class PairFile(NamedTuple):
     sha256: str
 
     def column(self, side: int) -> Column:
-        """0: the sources, 1: the targets. Cut at spaces if any field holds one."""
-        return Column(any(" " in line[side] for line in self.lines))
+        """0: the sources, 1: the targets. Cut at spaces if any field holds one.
+
+        Where hardly any does, it may be a mistake: then with a warning.
+        """
+        spaced = [
+            number
+            for line, number in zip(self.lines, self.numbers, strict=True)
+            if " " in line[side]
+        ]
+        if 0 < len(spaced) < len(self.lines) / 20:
+            what = ("source", "target")[side]
+            warn_once(
+                f"spaces in {what}s",
+                f"{self.path}: {len(spaced):,} of {len(self.lines):,} {what}s have spaces (line "
+                f"{spaced[0]} first), so all are cut at spaces, and the others are single tokens",
+            )
+        return Column(bool(spaced))
 
     def longest(self, columns: tuple[Column, Column]) -> tuple[int, int]:
         """-> the most tokens that a field has, and the number of its line."""

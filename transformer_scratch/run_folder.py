@@ -72,9 +72,8 @@ class RunFolder:
             self.open_metrics()
             self.write_config()
         except OSError as error:
-            raise BadInput(
-                f"the run folder cannot be written: {error}; give another --run-dir"
-            ) from None
+            remedy = "make it writable" if checkpoint else "give another --run-dir"
+            raise BadInput(f"the run folder cannot be written: {error}; {remedy}") from None
 
     def write_config(self) -> None:
         temporary = self.path / "config.json.tmp"

@@ -34,13 +34,13 @@ def describe(folder: Path) -> tuple[str, ...]:
         validated = [row["val/exact_match"] for row in rows if "val/exact_match" in row]
         tested = [row["test/exact_match"] for row in rows if "test/exact_match" in row]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return folder.name, "?", f"unreadable ({type(error).__name__})", "?", "?", date(folder)
+        return str(folder), "?", f"unreadable ({type(error).__name__})", "?", "?", date(folder)
     exact = "none yet"
     if validated:
         exact = f"validation {validated[-1]:.1%}"
     if tested:
         exact = f"test {tested[-1]:.1%}"
-    return folder.name, seed, size, f"{len(validated)} of {max_epochs}", exact, date(folder)
+    return str(folder), seed, size, f"{len(validated)} of {max_epochs}", exact, date(folder)
 
 
 def date(folder: Path) -> str:

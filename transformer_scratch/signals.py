@@ -35,6 +35,8 @@ class Signals:
 
     def remember(self, number: int, frame: object) -> None:
         if self.received and number == signal.SIGINT:
+            # print() may be in the middle of a line.
+            os.write(2, b"\nstopped at once; --resume goes on from what was saved last\n")
             os._exit(128 + number)
         self.received = self.received or number
 

@@ -1,5 +1,6 @@
 """What a person reads before, during and after training. Only the main process speaks."""
 
+import math
 import sys
 
 import torch
@@ -34,13 +35,16 @@ def print_start(
     loss = "cross-entropy"
     if config.label_smoothing:
         loss += f"; in training with label smoothing {config.label_smoothing:g}, which adds to it"
+    samples_per_update = config.batch_size * config.accumulate * config.devices
+    num_updates = config.max_epochs * math.ceil(task.num_samples / samples_per_update)
     lr = f"{config.lr:g}{why('lr')}"
     if config.warmup_steps:
         lr += f", reached after {config.warmup_steps} updates"
+        if num_updates < config.warmup_steps:
+            lr += f": never, as this run has {num_updates}"
     if config.schedule == "inverse-sqrt":
         lr += ", then falling with the inverse square root of the updates"
     precision = "float32" if config.amp == "off" else config.amp
-    samples_per_update = config.batch_size * config.accumulate * config.devices
     rows = {
         "device": f"{config.accelerator} x {config.devices}{why('device')}",
         "threads": f"{torch.get_num_threads()}{why('threads')}",
@@ -107,7 +111,7 @@ def print_finished(run: RunFolder, config: Config) -> None:
         command = resume_command(run.path, run.processes.world_size)
         print(
             f"{run.path} has finished its {epochs} already. "
-            f"Train longer with: {command} --max-epochs {config.max_epochs + 4}"
+            f"Train longer with: {command} --max-epochs {config.max_epochs + 1}"
         )
 
 

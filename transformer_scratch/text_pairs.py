@@ -14,6 +14,7 @@ import torch
 from transformer_scratch.batches import PairDataset
 from transformer_scratch.commands import shorter
 from transformer_scratch.errors import BadInput
+from transformer_scratch.output import warn_once
 from transformer_scratch.pair_file import (
     Column,
     Line,
@@ -264,23 +265,22 @@ class TextPairs(Task):
                 f"after each epoch {self.most_answers:,} of them are asked, by seed"
             )
         if not splits.nothing_held_out:
-            rows["unknown"] = "; ".join(
-                self.unknown_and_trained(name, lines)
-                for name, lines in (("validation", self.asked.val), ("test", self.asked.test))
-            )
+            parts = (("validation", self.asked.val), ("test", self.asked.test))
+            rows["unknown"] = "; ".join(f"{name}: {self.unknown(lines)}" for name, lines in parts)
+            if self.trained:
+                rows["warning"] = "held out and trained, too: " + ", ".join(
+                    f"{sum(source in self.trained for source in dict(lines)):,} {name} sources"
+                    for name, lines in parts
+                )
         return rows
 
-    def unknown_and_trained(self, name: str, lines: list[Line]) -> str:
-        """What in these lines training has never seen, and what it has, though it should not."""
+    def unknown(self, lines: list[Line]) -> str:
+        """What in these lines training has never seen."""
         sources, targets = (
             sum(token not in self.ids for line in lines for token in column.split(line[side]))
             for side, column in enumerate(self.columns)
         )
-        trained = sum(source in self.trained for source in dict(lines))
-        return (
-            f"{name}: {sources} tokens of sources, {targets} of targets; "
-            f"{trained} of its sources are trained, too"
-        )
+        return f"{sources} tokens of sources, {targets} of targets"
 
     # -------------------------------------------------------------------------- questions, tokens
 
@@ -288,6 +288,12 @@ class TextPairs(Task):
         source = self.columns[0].join(self.columns[0].split(normalised(text).strip()))
         if not source:
             raise BadInput("an empty --source cannot be answered")
+        unknown = dict.fromkeys(t for t in self.columns[0].split(source) if t not in self.ids)
+        if unknown:
+            warn_once(
+                "unknown tokens",
+                f"never trained, and read as one unknown token: {' '.join(unknown)} in {source!r}",
+            )
         return source, ""
 
     def source_text(self, pair: Pair) -> str:
