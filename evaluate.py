@@ -27,7 +27,12 @@ import tyro
 from torch.nn import functional as F
 
 from transformer_scratch.batches import BatchSampler, PairDataset, make_loader
-from transformer_scratch.checkpoint import CheckpointError, load_checkpoint, load_first_good
+from transformer_scratch.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_first_good,
+    load_weights,
+)
 from transformer_scratch.commands import python_command
 from transformer_scratch.config import config_of_checkpoint, from_home
 from transformer_scratch.digits import Digits
@@ -155,11 +160,16 @@ def sources_to_answer(arguments: Arguments, task: Task) -> Iterator[Pair]:
         return
     for number, line in enumerate(sys.stdin.buffer, start=1):
         try:
-            text = line.decode("utf-8").strip()
+            text = line.decode("utf-8").removeprefix("\ufeff").strip()
         except UnicodeDecodeError:
             raise BadInput(f"--source -: line {number} is not UTF-8") from None
-        if text:
-            yield task.question(text)
+        if not text:
+            continue
+        try:
+            question = task.question(text)
+        except BadInput as error:
+            raise BadInput(f"--source -: line {number}: {error}") from None
+        yield question
 
 
 def print_article_block(task: Task, prediction: Prediction) -> None:
@@ -237,6 +247,13 @@ def print_summary(
         print(f"                ... and {len(wrong) - 20:,} more")
 
 
+def require_output() -> None:
+    """Raise BadInput where what was printed got lost, and stands nowhere else."""
+    sys.stdout.flush()
+    if lost := getattr(sys.stdout, "lost", None):
+        raise BadInput(f"the output could not be written: {lost.strerror}")
+
+
 def save_results(result: dict, file: Path) -> None:
     """Write evaluation.json; a warning where that fails, as in somebody else's run."""
     temporary = file.with_name(f"{file.name}.tmp")
@@ -254,15 +271,22 @@ def save_results(result: dict, file: Path) -> None:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
     arguments = tyro.cli(Arguments, args=arguments)
     if arguments.list:
         print_runs()
+        require_output()
         return
+    if not arguments.source and "--source" in given:
+        raise BadInput("--source is empty; give one or more, or - for standard input")
     if not 1 <= arguments.beam <= MOST_BEAMS:
         raise BadInput(f"--beam {arguments.beam} must be from 1 to {MOST_BEAMS}")
     if not 0 <= arguments.length_penalty <= 10:
         raise BadInput(f"--length-penalty {arguments.length_penalty} must be from 0 to 10")
-    content, file, folder = load_run(arguments)
+    try:
+        content, file, folder = load_run(arguments)
+    except OSError as error:
+        raise BadInput(f"{error.filename} cannot be read: {error.strerror}") from None
     config = config_of_checkpoint(content, file)
     device, _ = choose_device(arguments.accelerator)
     choose_threads(config.dim, config.batch_size)
@@ -271,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     model = Transformer.from_config(config, task).to(device)
     # Where the weights are averaged, last.pt holds both; best.pt holds those that were judged.
-    model.load_state_dict(content.get("averaged") or content["model"])
+    load_weights(model, content.get("averaged") or content["model"], file)
     model.eval()
     decoding = {"beam": arguments.beam, "length_penalty": arguments.length_penalty}
 
@@ -284,6 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
         while chunk := list(itertools.islice(pairs, at_once)):
             for answer in predict(model, task, chunk, **decoding):
                 print(f"{task.source_text(answer.pair)}\t{task.text(answer.tokens)}", flush=True)
+        require_output()
         return
 
     example = chosen_pair(arguments, task)

@@ -20,7 +20,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from transformer_scratch.errors import exits_cleanly
+from transformer_scratch.errors import BadInput, exits_cleanly
 
 PROJECT = Path(__file__).resolve().parent.parent
 FLAGS = {
@@ -87,6 +87,8 @@ def print_table(rows: list[dict]) -> None:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Arguments, args=arguments)
+    if not options.seeds or min(options.seeds) < 0:
+        raise BadInput("--seeds: give one or more, each at least 0")
     rows = []
     bar = tqdm(options.seeds, desc=options.task, unit="seed")
     for seed in bar:

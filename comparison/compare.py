@@ -115,7 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
     devices = int(own.devices)
     flags += ["--devices", str(devices)]
     load_config(flags, Processes(world_size=devices))  # refuses bad input before anything is made
-    folder = new_folder(own.run_dir)
+    try:
+        folder = new_folder(own.run_dir)
+    except OSError as error:
+        raise BadInput(f"--run-dir: {error.filename}: {error.strerror}") from None
 
     for number, side in enumerate(PROGRAMS, start=1):
         print(f"\n==== {number} of 2: {PROGRAMS[side][-1]}", file=sys.stderr, flush=True)

@@ -5,6 +5,10 @@ import torch
 
 
 def pytest_configure(config):
+    if not __debug__:
+        raise pytest.UsageError(
+            "the checks are assert statements: unset PYTHONOPTIMIZE, leave out -O"
+        )
     config.option.maxfail = 1
     # The summary would repeat the message, cut off at the width of the terminal; a warning about
     # the same mistake would be a second message.

@@ -112,7 +112,7 @@ def test_the_commands_of_a_finished_run(capsys):
     assert Path("-my run/evaluation.json").exists()
     train_script.main(["--resume", "./-my run"])
     text = capsys.readouterr().out
-    assert flags_of(text, "train.py") == ["--resume", "./-my run", "--max-epochs", "5"]
+    assert flags_of(text, "train.py") == ["--resume", "./-my run", "--max-epochs", "2"]
 
 
 def test_several_devices_without_torchrun_print_the_command_to_type(monkeypatch, capsys):

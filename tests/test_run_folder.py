@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import TINY
@@ -134,6 +135,13 @@ def test_in_a_skipped_update_what_is_not_finite_is_left_open():
     run.record({**row, "train/loss_step": torch.tensor(torch.inf), "skipped": True})
     with pytest.raises(TrainingFault, match="train/loss_step is inf"):
         run.flush()
+
+
+@pytest.mark.parametrize("value", [1j, b"1", [1.0], numpy.float32(1)])
+def test_what_is_no_number_is_named(value):
+    run = RunFolder(Config(run_dir="run"), ALONE, None)
+    with pytest.raises(TypeError, match="mine must be a number, or a tensor that holds one"):
+        run.write({"step": 1, "mine": value})
 
 
 def test_a_tensor_of_many_numbers_is_named():

@@ -57,6 +57,16 @@ def test_stopped_and_damaged_runs_have_their_line(listed):
     assert rows["runs/c"][1] == "unreadable (JSONDecodeError)"
 
 
+@pytest.mark.parametrize("value", [None, "x", [], 10**400, "[" * 100_000])
+def test_a_run_that_cannot_be_read_hides_no_other(value, listed):
+    write_run("a", [{"test/exact_match": 0.5}])
+    folder = write_run("b", [{"test/exact_match": value}])
+    if isinstance(value, str) and len(value) > 1:
+        (folder / "config.json").write_text(value, encoding="utf-8")
+    rows = {row[0]: row[1:] for row in listed()[1:]}
+    assert rows["runs/a"][3] == "test 50.0%" and "unreadable" in rows["runs/b"][1]
+
+
 def test_without_a_run_it_says_so(listed, capsys):
     with pytest.raises(SystemExit) as end:
         listed()

@@ -4,6 +4,8 @@ import io
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import PROJECT
 from torch import nn
 
 import evaluate as evaluate_script
@@ -699,6 +702,19 @@ def test_an_empty_source_is_refused(trained, capsys, text):
     assert captured.err == "error: an empty --source cannot be answered\n"
 
 
+def test_answers_that_get_lost_are_an_error(trained):
+    run = trained[0].resolve()
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, PROJECT / "evaluate.py", "--run", run, "--source", "kat"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: the output could not be written: No space left on device\n"
+
+
 def test_sources_from_standard_input(trained, capsys, monkeypatch):
     """One a line, blank ones skipped, with a mark, with Windows line ends, without a last one."""
     monkeypatch.setattr(evaluate_script, "ANSWERS_AT_ONCE", 2)
@@ -721,6 +737,12 @@ def test_without_standard_input_words_are_answered_and_a_dash_is_refused(
     with pytest.raises(SystemExit) as ended:
         ask(run, "-")
     assert ended.value.code == 2 and "standard input is closed" in capsys.readouterr().err
+
+
+def test_a_source_without_a_value_is_no_evaluation(trained, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate_script.main(["--run", str(trained[0]), "--source"])
+    assert end.value.code == 2 and "--source is empty" in capsys.readouterr().err
 
 
 def test_standard_input_that_is_not_utf_8(trained, capsys, monkeypatch):

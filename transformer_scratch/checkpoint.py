@@ -11,6 +11,7 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -156,6 +157,8 @@ def load_checkpoint(path: Path) -> dict:
         raise CheckpointError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:  # nothing is wrong with the file: no other may take its place
+        raise BadInput(f"{path} cannot be read: permission denied") from None
     except Exception as error:  # a flipped bit can raise almost anything in there
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({type(error).__name__})"
@@ -171,6 +174,16 @@ def load_checkpoint(path: Path) -> dict:
     if checksum(content) != expected:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     return content
+
+
+def load_weights(part: object, state: dict, path: Path) -> None:
+    """Raises CheckpointError where the state is that of another model than the code now makes."""
+    try:
+        part.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} was written by a program with another model: {shorten(str(error), 300)}"
+        ) from None
 
 
 def load_first_good(paths: list[Path]) -> tuple[dict, Path]:

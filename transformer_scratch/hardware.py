@@ -89,7 +89,8 @@ def choose_threads(dim: int, batch_size: int) -> str:
     if variable is not None:
         if not re.match(r"\s*[1-9]\d{0,8}\s*(,|$)", variable):  # it may hold a list
             raise BadInput(f"OMP_NUM_THREADS={variable!r} must be a number of threads, or unset")
-        return "OMP_NUM_THREADS"
+        taken = variable.split(",")[0].strip() == str(torch.get_num_threads())
+        return "OMP_NUM_THREADS" if taken else f"not the {variable} of OMP_NUM_THREADS"
     if dim**2 * batch_size > 64**2 * 128:  # the work of a step
         return "one a core; OMP_NUM_THREADS=1 leaves the others to other programs"
     when_main_ends(torch.set_num_threads, torch.get_num_threads())

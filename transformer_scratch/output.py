@@ -10,6 +10,8 @@ from typing import TextIO
 class LenientStream:
     """Writes to a stream for as long as somebody is there to read it."""
 
+    lost: OSError | None = None  # why, where it is not that the reader has gone away
+
     def __init__(self, stream: TextIO):
         self.stream = stream
 
@@ -18,18 +20,20 @@ class LenientStream:
             return self.stream.write(text)
         except UnicodeEncodeError:  # a terminal that cannot show these letters
             return self.stream.write(text.encode("ascii", "backslashreplace").decode())
-        except (OSError, ValueError):  # ValueError: somebody has closed the stream
-            self.give_up()
+        except (OSError, ValueError) as error:  # ValueError: somebody has closed the stream
+            self.give_up(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except (OSError, ValueError):
-            self.give_up()
+        except (OSError, ValueError) as error:
+            self.give_up(error)
 
-    def give_up(self) -> None:
+    def give_up(self, error: Exception) -> None:
         """Send what follows to nowhere; what waits in buffers would fail again as Python ends."""
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            self.lost = error
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())

@@ -23,6 +23,7 @@ from transformer_scratch.checkpoint import (
     link,
     load_checkpoint,
     load_first_good,
+    load_weights,
     save_checkpoint,
 )
 from transformer_scratch.commands import path_argument, python_command
@@ -134,6 +135,9 @@ class RunFolder:
         """
         read_tensors([row])
         for name, number in row.items():
+            if not isinstance(number, int | float | str | None):
+                kind = type(number).__name__
+                raise TypeError(f"{name} must be a number, or a tensor that holds one, not {kind}")
             if not is_finite(number):
                 at_lr = f" at learning rate {row['lr']:g}" if "lr" in row else ""
                 raise TrainingFault(
@@ -220,7 +224,7 @@ class RunFolder:
             if name in OWN_TO_EACH_PROCESS:
                 state = state[self.processes.rank]
             if part is not None:
-                part.load_state_dict(state)
+                load_weights(part, state, checkpoint["file"])
         self.saved_step = checkpoint["step"]
         self.truncate_metrics(checkpoint["metrics_size"])
         for name, now in environment().items():

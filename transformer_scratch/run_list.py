@@ -8,6 +8,8 @@ from transformer_scratch.commands import python_command
 from transformer_scratch.errors import BadInput
 from transformer_scratch.run_folder import RUNS, read_metrics, saved_at
 
+# What files can cause that hold something else; an OverflowError is of a number too large.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 COLUMNS = ("run", "seed", "size", "epochs", "exact match", "saved")
 
 
@@ -33,13 +35,13 @@ def describe(folder: Path) -> tuple[str, ...]:
         rows = read_metrics(folder)
         validated = [row["val/exact_match"] for row in rows if "val/exact_match" in row]
         tested = [row["test/exact_match"] for row in rows if "test/exact_match" in row]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        exact = "none yet"
+        if validated:
+            exact = f"validation {validated[-1]:.1%}"
+        if tested:
+            exact = f"test {tested[-1]:.1%}"
+    except UNREADABLE as error:
         return str(folder), "?", f"unreadable ({type(error).__name__})", "?", "?", date(folder)
-    exact = "none yet"
-    if validated:
-        exact = f"validation {validated[-1]:.1%}"
-    if tested:
-        exact = f"test {tested[-1]:.1%}"
     return str(folder), seed, size, f"{len(validated)} of {max_epochs}", exact, date(folder)
 
 
@@ -47,4 +49,7 @@ def date(folder: Path) -> str:
     """When its state was saved."""
     clock, file_date = saved_at(folder)
     seconds = clock or file_date
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "never"
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "never"
+    except UNREADABLE:
+        return "?"

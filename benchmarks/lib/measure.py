@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from transformer_scratch.errors import BadInput
+
 
 @dataclass
 class Options:
@@ -137,10 +139,13 @@ def print_table(title: str, rows: list[dict]) -> None:
 
 
 def save_json(options: Options, name: str, result: dict) -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{name}.json"
     text = json.dumps({"machine": machine(), **result}, indent=1) + "\n"
-    file.write_text(text, encoding="utf-8")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{file} cannot be written: {error.strerror}") from None
     print(f"\nwritten {file}")
 
 

@@ -9,6 +9,7 @@ first epoch: once complete, and once for each part, with that part as it was at 
 import contextlib
 import io
 import shutil
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -42,9 +43,13 @@ def run(folder: Path, *flags: object) -> list[float]:
     scaler = mock.patch.object(
         torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**21)
     )
-    silence = io.StringIO()
+    silence, stderr = io.StringIO(), sys.stderr
     with scaler, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        train.main([str(flag) for flag in flags])
+        try:
+            train.main([str(flag) for flag in flags])
+        except SystemExit:  # it has said why
+            print(silence.getvalue(), file=stderr)
+            raise
     return [row["train/loss_step"] for row in read_metrics(folder) if "train/loss_step" in row]
 
 

@@ -51,7 +51,12 @@ def train(world_size: int, folder: Path) -> list[dict]:
         starter += ["--nproc-per-node", str(world_size)]
     flags = [*FLAGS, "--batch-size", str(BATCH // world_size), "--run-dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes share the cores of one
-    subprocess.run([*starter, TRAIN, *flags], check=True, capture_output=True, env=environment)
+    finished = subprocess.run(
+        [*starter, TRAIN, *flags], capture_output=True, encoding="utf-8", env=environment
+    )
+    if finished.returncode:  # it has said why
+        print(finished.stderr, file=sys.stderr)
+        sys.exit(finished.returncode)
     return [row for row in read_metrics(folder) if "train/loss_step" in row]
 
 

@@ -198,6 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.mistakes:
         if name not in MISTAKES:
             raise BadInput(f"no mistake {name!r}; there are {', '.join(MISTAKES)}")
+    if not 0 <= options.seed < 2**63:
+        raise BadInput("--seed must be from 0 to 2^63 - 1")
     if options.steps < 1:
         raise BadInput("--steps must be at least 1")
     for name in options.mistakes or MISTAKES:

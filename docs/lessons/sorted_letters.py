@@ -5,19 +5,28 @@ import random
 import tyro
 
 from transformer_scratch.commands import python_command
-from transformer_scratch.errors import exits_cleanly
+from transformer_scratch.errors import BadInput, exits_cleanly
 
 SETTINGS = "--num-layers 2 --lr 3e-3 --max-epochs 30 --wandb disabled"
+
+
+def write_pairs() -> int:
+    """-> how many."""
+    draw = random.Random(1)
+    words = {"".join(draw.choices("abcdefghij", k=draw.randint(3, 7))) for _ in range(4_000)}
+    with open("sorted.tsv", "w", encoding="utf-8") as file:
+        file.writelines(f"{word}\t{''.join(sorted(word))}\n" for word in sorted(words))
+    return len(words)
 
 
 @exits_cleanly
 def main() -> None:
     """Write sorted.tsv into this folder."""
-    draw = random.Random(1)
-    words = {"".join(draw.choices("abcdefghij", k=draw.randint(3, 7))) for _ in range(4_000)}
-    with open("sorted.tsv", "w", encoding="utf-8") as file:
-        file.writelines(f"{word}\t{''.join(sorted(word))}\n" for word in sorted(words))
-    print(f"sorted.tsv  {len(words):,} words")
+    try:
+        count = write_pairs()
+    except OSError as error:
+        raise BadInput(f"sorted.tsv cannot be written here: {error.strerror}") from None
+    print(f"sorted.tsv  {count:,} words")
     print(f"next  {python_command('train.py')} --pairs sorted.tsv {SETTINGS}")
 
 
