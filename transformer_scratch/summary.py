@@ -41,7 +41,7 @@ def print_start(
     if config.warmup_steps:
         lr += f", reached after {config.warmup_steps} updates"
         if num_updates < config.warmup_steps:
-            lr += f": never, as this run has {num_updates}"
+            lr += f": never, as this run has about {num_updates}"
     if config.schedule == "inverse-sqrt":
         lr += ", then falling with the inverse square root of the updates"
     precision = "float32" if config.amp == "off" else config.amp
