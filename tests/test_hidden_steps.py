@@ -3,6 +3,7 @@
 import pytest
 from conftest import PROJECT, TINY
 
+from comparison.hidden_steps.observe import observe
 from comparison.hidden_steps.remove_lines import FLAGS, INSTEAD, ON_META, measure, remove, tags
 
 SOURCE = (PROJECT / "train.py").read_text(encoding="utf-8")
@@ -62,6 +63,15 @@ def test_a_training_without_the_line_differs(tag, references):
         tag, SOURCE, [*TINY, *TRAINING.split(), *OWN_FLAGS.get(tag, "").split()], references
     )
     assert any({**QUICK, **SLOW}[tag] in effect for effect in found), found
+
+
+def test_a_ctrl_c_is_heard_though_the_training_crashes_after_it():
+    """On the stand-in for a GPU all do."""
+    line = "    choose_kernels()\n"
+    press = "    import os, signal\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    assert SOURCE.count(line) == 1
+    with pytest.raises(KeyboardInterrupt):
+        observe(SOURCE.replace(line, line + press), [*TINY, *TRAINING.split()], on_meta=True)
 
 
 def test_a_line_that_does_nothing_has_no_effect(references):

@@ -177,7 +177,6 @@ def type_in(command: str, project: Path, to_the_end: bool) -> str:
     elif not command.startswith("torchrun"):  # it has a code of its own
         # The latter where the signal came as Python was ending by itself.
         assert process.returncode in (130, -signal.SIGINT), f"{command}\n{output[-3000:]}"
-        assert "Traceback" not in output, f"{command}\n{output[-3000:]}"
     return output
 
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformer_scratch.checkpoint import CheckpointError, load_checkpoint
 from transformer_scratch.optimizer import make_optimizer
 from transformer_scratch.run_folder import RunFolder, read_metrics
+from transformer_scratch.signals import Signals
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 NO_NUMBERS = "Cannot copy out of meta tensor"  # PyTorch's words
@@ -69,18 +70,25 @@ def observe_script(script: Path, flags: list[str], on_meta: bool = False) -> Obs
     spec.loader.exec_module(train)
     torch.seed()  # so that nothing is seeded by accident
     run, stderr = script.with_name("run"), io.StringIO()
+    signals_heard: list[int] = []
+
+    def remember(signals: Signals, number: int, frame: object, original=Signals.remember) -> None:
+        signals_heard.append(number)
+        original(signals, number, frame)
+
     with (
         watched(train, seen),
+        mock.patch.object(Signals, "remember", remember),
         on_meta_device(train) if on_meta else contextlib.nullcontext(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(stderr),
     ):
         try:
             train.main([*flags, "--run-dir", str(run)])
-        except SystemExit as end:
-            if end.code > 128:  # Ctrl-C was for all trainings, not for this one alone
-                raise
+        except SystemExit:
             seen.crash = stderr.getvalue().splitlines()[-1]
+    if signals_heard:  # Ctrl-C was for all trainings, not for this one alone
+        raise KeyboardInterrupt
     read_folder(run, seen)
     return seen
 

@@ -229,7 +229,7 @@ def test_where_the_workers_cannot_speak_a_signal_is_heard(undisturbed, tmp_path,
     started = time.monotonic()
     process.send_signal(number)
     assert process.wait(60) == expected
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40
     assert "after step 0; nothing is lost" in Path("output.txt").read_text(encoding="utf-8")
     command = [sys.executable, str(PROJECT / "train.py"), *RESUME, "--num-workers", "0"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
