@@ -139,7 +139,9 @@ def open_run(config: Config, run: RunFolder, service: Service) -> str:
         wandb.init(mode=mode, **settings)
     except wandb.Error as error:
         mode, reason = "offline", f"W&B did not answer: {str(error).splitlines()[0]}"
-        if "401" in str(error) or isinstance(error, wandb.errors.AuthenticationError):
+        # To ask whether the key is right takes the server, too, which may be what failed.
+        refused = isinstance(error, wandb.errors.AuthenticationError) and "verif" not in str(error)
+        if "401" in str(error) or refused:
             reason = f"W&B refused the key; `{shell_command('wandb')} login --relogin`"
         # Its process holds on to the run that could not begin.
         service.kill()
