@@ -31,7 +31,7 @@ from transformer_scratch.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_first_good,
-    load_weights,
+    load_state,
 )
 from transformer_scratch.commands import python_command
 from transformer_scratch.config import config_of_checkpoint, from_home
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     model = Transformer.from_config(config, task).to(device)
     # Where the weights are averaged, last.pt holds both; best.pt holds those that were judged.
-    load_weights(model, content.get("averaged") or content["model"], file)
+    load_state(model, content.get("averaged") or content["model"], file)
     model.eval()
     decoding = {"beam": arguments.beam, "length_penalty": arguments.length_penalty}
 

@@ -176,7 +176,7 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def load_weights(part: object, state: dict, path: Path) -> None:
+def load_state(part: object, state: dict, path: Path) -> None:
     """Raises CheckpointError where the state is that of another model than the code now makes."""
     try:
         part.load_state_dict(state)

@@ -23,7 +23,7 @@ from transformer_scratch.checkpoint import (
     link,
     load_checkpoint,
     load_first_good,
-    load_weights,
+    load_state,
     save_checkpoint,
 )
 from transformer_scratch.commands import path_argument, python_command
@@ -121,10 +121,11 @@ class RunFolder:
             row["train/loss_step"] = loss
         read_tensors(rows)
         for row in rows:
-            for name, number in row.items():
-                # Gradients that are not finite are why fp16 skipped the update. The loss is.
-                if row.get("skipped") and name != "train/loss_step" and not is_finite(number):
-                    row[name] = None
+            if row.get("skipped"):
+                # Gradients that are not finite are why fp16 skipped the update; the loss must be.
+                for name, number in row.items():
+                    if name != "train/loss_step" and not is_finite(number):
+                        row[name] = None
             self.write(row)
         return rows[-1]
 
@@ -224,7 +225,7 @@ class RunFolder:
             if name in OWN_TO_EACH_PROCESS:
                 state = state[self.processes.rank]
             if part is not None:
-                load_weights(part, state, checkpoint["file"])
+                load_state(part, state, checkpoint["file"])
         self.saved_step = checkpoint["step"]
         self.truncate_metrics(checkpoint["metrics_size"])
         for name, now in environment().items():
